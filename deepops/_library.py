@@ -1,0 +1,62 @@
+"""Loads the compiled libraries: the one place that knows their names and says what is missing and why.
+
+Importing deepops never fails for want of a binary. Without one, every op runs its plain-PyTorch reference
+(``deepops.reference``) and one warning names the cause.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_PATHS: dict[str, Path] = {"_ops": _FOLDER / "_ops.so"}
+_MISSING: dict[str, str] = {}  # binary -> why it is not there
+
+_C: ModuleType | None = None  # the pybind11 module, None when it could not be imported
+
+
+def _load() -> None:
+    global _C
+    try:
+        from . import _C as module
+
+        _PATHS["_C"] = Path(module.__file__)
+    except ImportError as error:
+        _MISSING["_C"] = f"cannot be imported: {error}"
+        module = None
+    try:
+        torch.ops.load_library(str(_PATHS["_ops"]))
+        if module is not None:
+            module.attach_ops(str(_PATHS["_ops"]))
+    except (OSError, RuntimeError) as error:
+        exists = _PATHS["_ops"].exists()
+        _MISSING["_ops"] = f"cannot be loaded by torch {torch.__version__}: {error}" if exists else "was not built"
+    _C = module
+    _MISSING["_cuda"] = "deepops has no CUDA kernels yet"
+    lost = [f"{name} {_MISSING[name]}" for name in ("_ops", "_C") if name in _MISSING]
+    if lost:
+        warnings.warn(
+            f"deepops runs without its kernels, on plain PyTorch: {'; '.join(lost)}", RuntimeWarning, stacklevel=3
+        )
+
+
+@lru_cache(maxsize=None)
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether ``torch.ops.deepops.<op>`` has a kernel for tensors on ``device_type`` ("cpu", "cuda", ...)."""
+    if "_ops" in _MISSING:
+        return False
+    key = torch._C._dispatch_key_for_device(device_type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"deepops::{op}", key))
+
+
+def binaries() -> dict[str, str]:
+    """Path of each binary, or why it is missing."""
+    return {name: _MISSING.get(name) or str(_PATHS[name]) for name in ("_ops", "_C", "_cuda")}
+
+
+_load()

@@ -1,0 +1,59 @@
+"""Builds deepops with CMake; CMakeLists.txt is the only place that knows sources and flags."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def check_requirements() -> None:
+    """Stop with one clear line when something the build needs is missing."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = [f"the Python package {name}" for name in ("torch", "pybind11") if not importlib.util.find_spec(name)]
+    missing += [f"the program {name}" for name in ("cmake", "ninja") if not shutil.which(name)]
+    missing += [] if headers.exists() else [f"Python's headers ({headers}; on Debian: apt install python3-dev)"]
+    compilers = (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")
+    missing += [] if any(map(shutil.which, compilers)) else ["a C++20 compiler (on Debian: apt install g++)"]
+    if missing:
+        sys.exit(f"deepops: cannot build, missing: {', '.join(missing)}; see 'Install' in README.md")
+
+
+class CMakeBuild(build_ext):
+    """One CMake run makes all libraries. All are declared, so that an editable install copies all of them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # _ops has no Python symbols, hence no interpreter tag in its name.
+        return "deepops/_ops.so" if fullname.endswith("_ops") else super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("_ops"):
+            return  # built together with _C
+        check_requirements()
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(self.build_temp).resolve()
+        options = {
+            "CMAKE_BUILD_TYPE": os.environ.get("DEEPOPS_BUILD_TYPE", "Debug" if self.debug else "Release"),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
+            "DEEPOPS_VERSION": self.distribution.get_version(),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        flags = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags])
+        subprocess.check_call(["cmake", "--build", build])
+
+
+setup(
+    ext_modules=[Extension("deepops._C", sources=[]), Extension("deepops._ops", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
