@@ -4,6 +4,7 @@
 # Flags, each for a measured reason:
 #   -ffp-contract=off   the same bits on every instruction set: no fused multiply-add that only some of them have
 #   -fno-math-errno     without it a loop with a square root does not vectorise
+#   -Wno-uninitialized: false alarms inside GCC 12's own AVX-512 header (GCC bug 105593)
 #   -fno-trapping-math  lets comparisons in a loop become selects
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(DEEPOPS_CPU_ISAS baseline avx2 avx512)
@@ -22,7 +23,7 @@ function(deepops_add_cpu_kernels source)
     add_library(${object} OBJECT ${source})
     target_include_directories(${object} PRIVATE csrc)
     target_compile_definitions(${object} PRIVATE DEEPOPS_ISA=isa_${isa})
-    target_compile_options(${object} PRIVATE -O3 -Wall -Wextra -Wno-psabi -fopenmp-simd
+    target_compile_options(${object} PRIVATE -O3 -Wall -Wextra -Wno-psabi -Wno-uninitialized
       -ffp-contract=off -fno-math-errno -fno-trapping-math ${isa_flags_${isa}})
     target_sources(deepops_ops PRIVATE $<TARGET_OBJECTS:${object}>)
   endforeach()

@@ -1,7 +1,8 @@
 // Every op schema of deepops, on one screen. Implementations register themselves from csrc/<op>/.
 //
 // Conventions: tensors first, then hyper-parameters; `Tensor(a!)` is updated in place; an output that was not asked for
-// is returned as an empty tensor. Ops know nothing of autograd or autocast: deepops/functional.py and deepops/optim/ do.
+// is returned as an empty tensor. Ops know nothing of autograd or autocast: deepops/functional.py and deepops/optim/
+// do.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(deepops, m) {
@@ -15,10 +16,11 @@ STABLE_TORCH_LIBRARY(deepops, m) {
   m.def(
       "batch_norm_act_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
       "str activation, float negative_slope) -> Tensor y");
-  // kept: what the activation's derivative needs beside x when there was a residual (the output for the ReLU family, else the residual).
-  // training: mean and invstd are functions of x. need_*: which gradients are wanted.
+  // kept: what the activation's derivative needs beside x when there was a residual (the output for the ReLU family,
+  // else the residual). training: mean and invstd are functions of x. need_*: which gradients are wanted.
   m.def(
       "batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor invstd, bool training, str activation, float negative_slope, bool need_x, bool need_residual, bool need_affine) -> "
+      "Tensor invstd, bool training, str activation, float negative_slope, bool need_x, bool need_residual, bool "
+      "need_affine) -> "
       "(Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 }

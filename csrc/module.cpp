@@ -53,9 +53,7 @@ void set_cpu_isa(const std::string& name) {
 }
 
 // The variants this machine can run, weakest first.
-std::vector<std::string> cpu_isas() {
-  return {kIsaNames.begin(), kIsaNames.begin() + attached().best_cpu_isa() + 1};
-}
+std::vector<std::string> cpu_isas() { return {kIsaNames.begin(), kIsaNames.begin() + attached().best_cpu_isa() + 1}; }
 
 py::dict build_info() {
   py::dict info;

@@ -1,0 +1,400 @@
+// batch_norm_act on the CPU: checks, geometry, allocation, the order of the passes, registration.
+//
+// Planar data with enough channels runs in a single parallel region a pass over channels: statistics and the
+// elementwise pass of one channel follow each other while its planes are in the cache. Otherwise two regions.
+#include "batch_norm_act/batch_norm_act.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/checks.h"
+#include "core/parallel.h"
+
+namespace deepops {
+namespace {
+
+using core::DataType;
+using core::ScalarType;
+using core::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kValuesPerThread = 16384;  // less work than this does not pay for waking a thread
+constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
+
+const BatchNormActKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(batch_norm_act_kernels); }
+
+Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"identity", "relu", "leaky_relu", "relu6",
+                                    "silu",     "gelu", "gelu_tanh",  "hardswish"};
+  for (int i = 0; i < 8; ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(false, "batch_norm_act: activation '", name, "' is not known");
+  return Activation::identity;
+}
+
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = x.size(1);
+  if (x.size(1) != 1 && x.stride(1) != 1) return false;
+  for (int64_t d = x.dim() - 1; d != 1; d = d == 2 ? 0 : d - 1) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+    if (d == 0) break;
+  }
+  return true;
+}
+
+BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, double negative_slope) {
+  core::check_cpu(x, "batch_norm_act", "x");
+  STD_TORCH_CHECK(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
+  BatchNormActProblem p{};
+  p.dtype = core::data_type_of(x, "batch_norm_act", "x");
+  p.activation = activation_of(activation);
+  p.negative_slope = negative_slope;
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.inner = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) p.inner *= x.size(d);
+  const bool contiguous = x.is_contiguous();
+  STD_TORCH_CHECK(contiguous || x.dim() == 2 || is_channels_last(x), "batch_norm_act: x must be dense");
+  STD_TORCH_CHECK(contiguous || x.dim() > 2, "batch_norm_act: x must be dense");
+  if (x.numel() == 0) return p;
+
+  p.planar = contiguous && p.inner >= kLanes;
+  if (p.planar) {
+    const int64_t values = p.batch * p.inner;
+    p.pieces = std::min(p.batch, (values + kValuesPerPiece - 1) / kValuesPerPiece);
+    return p;
+  }
+  p.group = contiguous ? p.inner : 1;
+  p.period = p.channels * p.group;
+  p.columns = p.period * (kLanes / std::gcd(p.period, kLanes));
+  p.rows = x.numel() / p.columns;
+  p.tail = x.numel() % p.columns;
+  p.rows_per_piece = std::max<int64_t>(kLanes, kValuesPerPiece / p.columns / kLanes * kLanes);
+  p.pieces = (p.rows + p.rows_per_piece - 1) / p.rows_per_piece;
+  return p;
+}
+
+// ---- per-channel numbers, in the order the kernels want -------------------------------------------------------------
+
+// A per-channel array in opmath, repeated for every column of the rows view.
+class PerChannel {
+ public:
+  PerChannel(const BatchNormActProblem& p) : p_(p), is_double_(p.dtype == DataType::f64) {
+    const size_t count = p.planar ? p.channels : p.columns;
+    is_double_ ? doubles_.resize(count) : floats_.resize(count);
+  }
+  void set(int64_t channel, double value) {
+    if (p_.planar) return put(channel, value);
+    for (int64_t base = channel * p_.group; base < p_.columns; base += p_.period)
+      for (int64_t j = base; j < base + p_.group; ++j) put(j, value);
+  }
+  const void* data() const { return is_double_ ? static_cast<const void*>(doubles_.data()) : floats_.data(); }
+
+ private:
+  void put(int64_t i, double value) {
+    if (is_double_)
+      doubles_[i] = value;
+    else
+      floats_[i] = static_cast<float>(value);
+  }
+  const BatchNormActProblem& p_;
+  const bool is_double_;
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+};
+
+// Reads or writes a per-channel tensor in opmath as double; an absent one reads as `missing`.
+class ChannelTensor {
+ public:
+  ChannelTensor(const OptionalTensor& tensor, double missing = 0) : missing_(missing) {
+    if (!tensor.has_value()) return;
+    is_double_ = tensor->scalar_type() == ScalarType::Double;
+    data_ = tensor->data_ptr();
+  }
+  explicit operator bool() const { return data_ != nullptr; }
+  double operator[](int64_t c) const {
+    if (!data_) return missing_;
+    return is_double_ ? static_cast<const double*>(data_)[c] : static_cast<const float*>(data_)[c];
+  }
+  void set(int64_t c, double value) const {
+    if (is_double_)
+      static_cast<double*>(data_)[c] = value;
+    else
+      static_cast<float*>(data_)[c] = static_cast<float>(value);
+  }
+
+ private:
+  void* data_ = nullptr;
+  bool is_double_ = false;
+  double missing_;
+};
+
+// z = (x - mean) * scale + bias. Forward and backward both come here, from the same stored mean and invstd.
+struct AffineNumbers {
+  PerChannel mean, scale, bias;
+  explicit AffineNumbers(const BatchNormActProblem& p) : mean(p), scale(p), bias(p) {}
+  void set(int64_t c, double channel_mean, double invstd, double weight, double channel_bias) {
+    mean.set(c, channel_mean);
+    scale.set(c, invstd * weight);
+    bias.set(c, channel_bias);
+  }
+  template <class Args>
+  void give(Args& args) const {
+    args.mean = mean.data();
+    args.scale = scale.data();
+    args.bias = bias.data();
+  }
+};
+
+// ---- sums, and the walk over the work items -------------------------------------------------------------------------
+
+size_t size_of_sums(const BatchNormActProblem& p) {
+  return p.planar ? size_t(2 * p.channels * p.pieces) : size_t(2 * (p.pieces + 1) * p.columns);
+}
+
+// The two sums of one channel, pieces added in their order.
+std::pair<double, double> sums_of_channel(const BatchNormActProblem& p, const double* sums, int64_t channel) {
+  double a = 0, b = 0;
+  if (p.planar) {
+    for (int64_t piece = 0; piece < p.pieces; ++piece) {
+      a += sums[2 * (channel * p.pieces + piece)];
+      b += sums[2 * (channel * p.pieces + piece) + 1];
+    }
+    return {a, b};
+  }
+  for (int64_t piece = 0; piece <= p.pieces; ++piece) {
+    const double* of_piece = sums + piece * 2 * p.columns;
+    for (int64_t base = channel * p.group; base < p.columns; base += p.period)
+      for (int64_t j = base; j < base + p.group; ++j) {
+        a += of_piece[j];
+        b += of_piece[j + p.columns];
+      }
+  }
+  return {a, b};
+}
+
+int64_t grain(int64_t values_per_item) {
+  return std::max<int64_t>(1, kValuesPerThread / std::max<int64_t>(1, values_per_item));
+}
+
+// Runs statistics-like `sum(begin, end)` over the summing items, `finish(channel)` for every channel, and
+// `each(begin, end)` over the elementwise items; each may be absent (null).
+template <class Sum, class Finish, class Each>
+void run(const BatchNormActProblem& p, bool want_sum, bool want_each, const Sum& sum, const Finish& finish,
+         const Each& each) {
+  const int64_t values = p.batch * p.channels * p.inner;
+  if (p.planar && want_sum && want_each && p.channels >= 4 * int64_t(torch::stable::get_num_threads())) {
+    core::parallel_for(p.channels, grain(values / p.channels), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        sum(c * p.pieces, (c + 1) * p.pieces);
+        finish(c);
+        each(c * p.batch, (c + 1) * p.batch);
+      }
+    });
+    return;
+  }
+  const int64_t sum_items = p.planar ? p.channels * p.pieces : p.pieces + 1;
+  const int64_t each_items = p.planar ? p.channels * p.batch : p.pieces + 1;
+  if (want_sum) core::parallel_for(sum_items, grain(values / sum_items), sum);
+  if (want_sum)
+    for (int64_t c = 0; c < p.channels; ++c) finish(c);
+  if (want_each) core::parallel_for(each_items, grain(values / each_items), each);
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// Statistics of one channel in double, two passes, for values whose squares do not fit single precision.
+std::pair<double, double> careful_statistics(const BatchNormActProblem& p, const void* x, int64_t channel) {
+  const bool planar_memory = p.planar || p.group == p.inner;
+  const int64_t count = p.batch * p.inner;
+  const auto value = [&](int64_t i) {
+    const int64_t n = i / p.inner, l = i % p.inner;
+    const int64_t at = planar_memory ? (n * p.channels + channel) * p.inner + l : i * p.channels + channel;
+    return p.dtype == DataType::f64 ? static_cast<const double*>(x)[at] : double(static_cast<const float*>(x)[at]);
+  };
+  double mean = 0, squares = 0;
+  for (int64_t i = 0; i < count; ++i) mean += value(i) / double(count);
+  for (int64_t i = 0; i < count; ++i) squares += (value(i) - mean) * (value(i) - mean) / double(count);
+  return {mean, squares};
+}
+
+std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight,
+                                             OptionalTensor bias, OptionalTensor running_mean,
+                                             OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                             std::optional<double> momentum, double eps, std::string activation,
+                                             double negative_slope) {
+  const BatchNormActProblem p = problem_of(x, activation, negative_slope);
+  const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
+  core::check_same_layout(residual, x, "batch_norm_act_train", "residual");
+  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_train", "weight");
+  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_train", "bias");
+  core::check_vector(running_mean, p.channels, stat_type, "batch_norm_act_train", "running_mean");
+  core::check_vector(running_var, p.channels, stat_type, "batch_norm_act_train", "running_var");
+  STD_TORCH_CHECK(!num_batches_tracked.has_value() ||
+                      (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1),
+                  "batch_norm_act_train: num_batches_tracked must be one int64");
+  STD_TORCH_CHECK(momentum.has_value() || num_batches_tracked.has_value() || !running_mean.has_value(),
+                  "batch_norm_act_train: momentum=None needs num_batches_tracked");
+
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = torch::stable::new_empty(x, {p.channels}, stat_type);
+  Tensor invstd = torch::stable::new_empty(x, {p.channels}, stat_type);
+  double factor = momentum.value_or(0);
+  if (num_batches_tracked.has_value()) {
+    int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+    ++batches;
+    if (!momentum.has_value()) factor = 1.0 / double(batches);
+  }
+  if (x.numel() == 0) {  // no statistics to take; as in torch nothing is learnt from an empty batch
+    torch::stable::zero_(mean);
+    torch::stable::zero_(invstd);
+    return {y, mean, invstd};
+  }
+
+  const int64_t count = p.batch * p.inner;
+  const BatchNormActKernels& kernel = kernels();
+  AffineNumbers affine(p);
+  PerChannel shift(p);
+  std::vector<double> shifts(p.channels), sums(size_of_sums(p));
+  BatchNormActForward args{};
+  args.x = x.const_data_ptr();
+  args.residual = core::data_or_null(residual);
+  args.y = y.mutable_data_ptr();
+  args.sums = sums.data();
+  args.shift = shift.data();
+  affine.give(args);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    kernel.sample(p, args.x, c, &shifts[c]);
+    if (p.dtype != DataType::f64) shifts[c] = static_cast<float>(shifts[c]);  // the very number the kernel subtracts
+    shift.set(c, shifts[c]);
+  }
+
+  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
+  const ChannelTensor running_means(running_mean), running_vars(running_var);
+  const auto finish = [&](int64_t c) {
+    const auto [sum, squares] = sums_of_channel(p, sums.data(), c);
+    double channel_mean = shifts[c] + sum / double(count);
+    double variance = std::max(0.0, squares / double(count) - (sum / double(count)) * (sum / double(count)));
+    if (!std::isfinite(squares) && p.dtype <= DataType::f64)
+      std::tie(channel_mean, variance) = careful_statistics(p, args.x, c);
+    means.set(c, channel_mean);
+    invstds.set(c, 1 / std::sqrt(variance + eps));
+    affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+    if (running_means) running_means.set(c, (1 - factor) * running_means[c] + factor * channel_mean);
+    if (running_vars)
+      running_vars.set(c, (1 - factor) * running_vars[c] + factor * variance * double(count) / double(count - 1));
+  };
+  run(
+      p, true, true, [&](int64_t begin, int64_t end) { kernel.statistics(p, args, begin, end); }, finish,
+      [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); });
+  return {y, mean, invstd};
+}
+
+Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor mean,
+                Tensor invstd, std::string activation, double negative_slope) {
+  const BatchNormActProblem p = problem_of(x, activation, negative_slope);
+  const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
+  core::check_same_layout(residual, x, "batch_norm_act_eval", "residual");
+  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_eval", "weight");
+  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_eval", "bias");
+  core::check_vector(mean, p.channels, stat_type, "batch_norm_act_eval", "mean");
+  core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_eval", "invstd");
+
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  AffineNumbers affine(p);
+  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
+  for (int64_t c = 0; c < p.channels; ++c) affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+  BatchNormActForward args{};
+  args.x = x.const_data_ptr();
+  args.residual = core::data_or_null(residual);
+  args.y = y.mutable_data_ptr();
+  affine.give(args);
+  const BatchNormActKernels& kernel = kernels();
+  run(
+      p, false, true, [](int64_t, int64_t) {}, [](int64_t) {},
+      [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); });
+  return y;
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x, OptionalTensor kept,
+                                                        OptionalTensor weight, OptionalTensor bias, Tensor mean,
+                                                        Tensor invstd, bool training, std::string activation,
+                                                        double negative_slope, bool need_x, bool need_residual,
+                                                        bool need_affine) {
+  const BatchNormActProblem p = problem_of(x, activation, negative_slope);
+  const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
+  core::check_same_layout(grad_y, x, "batch_norm_act_backward", "grad_y");
+  core::check_same_layout(kept, x, "batch_norm_act_backward", "kept");
+  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_backward", "weight");
+  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_backward", "bias");
+  core::check_vector(mean, p.channels, stat_type, "batch_norm_act_backward", "mean");
+  core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_backward", "invstd");
+
+  const auto like_x = [&](bool wanted) {
+    return wanted ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  };
+  Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
+  Tensor grad_weight = torch::stable::new_empty(x, {need_affine ? p.channels : 0}, stat_type);
+  Tensor grad_bias = torch::stable::new_empty(x, {need_affine ? p.channels : 0}, stat_type);
+  if (x.numel() == 0) {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_bias);
+    return {grad_x, grad_residual, grad_weight, grad_bias};
+  }
+
+  const int64_t count = p.batch * p.inner;
+  AffineNumbers affine(p);
+  PerChannel mean_grad(p), slope_grad(p);
+  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
+  for (int64_t c = 0; c < p.channels; ++c) affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+  std::vector<double> sums(size_of_sums(p));
+  BatchNormActBackward args{};
+  args.grad_y = grad_y.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.kept = p.activation == Activation::identity ? nullptr : core::data_or_null(kept);
+  args.kept_is_output = derivative_from_output(p.activation, negative_slope);
+  args.training = training;
+  args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
+  args.mean_grad = mean_grad.data();
+  args.slope_grad = slope_grad.data();
+  args.sums = sums.data();
+  affine.give(args);
+
+  const ChannelTensor grad_weights(grad_weight), grad_biases(grad_bias);
+  const auto finish = [&](int64_t c) {
+    const auto [sum_g, sum_gx] = sums_of_channel(p, sums.data(), c);
+    if (need_affine) {
+      grad_weights.set(c, sum_gx * invstds[c]);
+      grad_biases.set(c, sum_g);
+    }
+    mean_grad.set(c, sum_g / double(count));
+    slope_grad.set(c, sum_gx / double(count) * invstds[c] * invstds[c]);
+  };
+  const BatchNormActKernels& kernel = kernels();
+  run(
+      p, need_affine || (training && need_x), need_x || need_residual,
+      [&](int64_t begin, int64_t end) { kernel.reduce(p, args, begin, end); }, finish,
+      [&](int64_t begin, int64_t end) { kernel.backward(p, args, begin, end); });
+  return {grad_x, grad_residual, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace deepops
+
+STABLE_TORCH_LIBRARY_IMPL(deepops, CPU, m) {
+  m.impl("batch_norm_act_train", TORCH_BOX(&deepops::train_cpu));
+  m.impl("batch_norm_act_eval", TORCH_BOX(&deepops::eval_cpu));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&deepops::backward_cpu));
+}

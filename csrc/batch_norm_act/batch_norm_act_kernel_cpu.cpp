@@ -1,0 +1,387 @@
+// CPU kernels of batch_norm_act; compiled once per instruction set, raw pointers only.
+//
+//   statistics   sums of x - shift and of its square            (Chan et al. 1983: a shift near the mean avoids
+//                                                                cancellation); 16 single-precision lanes, each flushed
+//                                                                to double after at most 16 additions
+//   forward      y = act(z + residual), z = (x - mean) * scale + bias
+//   reduce       sums of g and of g * (x - mean), g = grad_y * act'(z + residual)
+//   backward     grad_x = scale * (g - mean_grad - (x - mean) * slope_grad), grad_residual = g
+//
+// z is computed by the same three operations in forward and backward, so the recomputed derivative can not disagree
+// with the output. Geometry and work items: batch_norm_act.h.
+#include "batch_norm_act/batch_norm_act.h"
+
+#include "core/lanes.h"
+// after lanes.h, whose types the formulas are instantiated with
+#include "batch_norm_act/batch_norm_act_math.h"
+
+namespace deepops::DEEPOPS_ISA {
+namespace {
+
+using Problem = BatchNormActProblem;
+using Forward = BatchNormActForward;
+using Backward = BatchNormActBackward;
+
+constexpr int kRowsPerFlush = 16;             // additions in single precision before a flush to double
+constexpr int kRun = kRowsPerFlush * kLanes;  // the same for a run of a plane
+constexpr int kShiftSamples = 16;
+
+enum class Kept { nothing, residual, output };
+
+// ---- one value or 16 of them under one name -------------------------------------------------------------------------
+
+template <class V>
+struct Access {  // V = float or double
+  template <class T>
+  static V load(const T* p) {
+    return DEEPOPS_ISA::load(p);
+  }
+  template <class T>
+  static void store(T* p, const V& value) {
+    DEEPOPS_ISA::store(p, value);
+  }
+};
+template <class S>
+struct Access<Lanes<S>> {
+  template <class T>
+  static Lanes<S> load(const T* p) {
+    return load_lanes(p);
+  }
+  template <class T>
+  static void store(T* p, const Lanes<S>& value) {
+    store_lanes(p, value);
+  }
+};
+
+template <class V>
+V load_at(const void* base, int64_t index) {  // one per-channel number, or those of 16 columns
+  return Access<V>::load(static_cast<const typename ScalarOf<V>::Type*>(base) + index);
+}
+
+// Per-channel numbers of a pass: V = S for one channel, V = Lanes<S> for 16 columns, or one channel in all lanes.
+template <class V>
+struct Shift {
+  V near;
+  template <class Args>
+  static Shift at(const Args& args, int64_t index) {
+    return {load_at<V>(args.shift, index)};
+  }
+};
+
+template <class V>
+struct Affine {
+  V mean, scale, bias;
+  template <class Args>
+  static Affine at(const Args& args, int64_t index) {
+    return {load_at<V>(args.mean, index), load_at<V>(args.scale, index), load_at<V>(args.bias, index)};
+  }
+  V centered(const V& x) const { return x - mean; }
+  V operator()(const V& x) const { return (x - mean) * scale + bias; }
+};
+
+template <class V>
+struct InputGrad {
+  Affine<V> affine;
+  V mean_grad, slope_grad;
+  static InputGrad at(const Backward& args, int64_t index) {
+    return {Affine<V>::at(args, index), load_at<V>(args.mean_grad, index), load_at<V>(args.slope_grad, index)};
+  }
+};
+
+template <class S>
+Shift<Lanes<S>> broadcast(const Shift<S>& one) {
+  return {Lanes<S>(one.near)};
+}
+template <class S>
+Affine<Lanes<S>> broadcast(const Affine<S>& one) {
+  return {Lanes<S>(one.mean), Lanes<S>(one.scale), Lanes<S>(one.bias)};
+}
+template <class S>
+InputGrad<Lanes<S>> broadcast(const InputGrad<S>& one) {
+  return {broadcast(one.affine), Lanes<S>(one.mean_grad), Lanes<S>(one.slope_grad)};
+}
+
+// ---- walking the planar view ----------------------------------------------------------------------------------------
+
+struct PlanePiece {
+  int64_t channel, first, last;  // planes [first, last) of this channel
+};
+inline PlanePiece plane_piece(const Problem& p, int64_t item) {
+  const int64_t piece = item % p.pieces;
+  return {item / p.pieces, piece * p.batch / p.pieces, (piece + 1) * p.batch / p.pieces};
+}
+inline int64_t plane_offset(const Problem& p, int64_t n, int64_t channel) {
+  return (n * p.channels + channel) * p.inner;
+}
+
+// add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
+// before it; values already counted are masked out.
+template <class S, class Numbers, class Add>
+void sum_plane(int64_t start, int64_t length, const Numbers& numbers, const Add& add, Lanes<double>& total_a,
+               Lanes<double>& total_b) {
+  const int64_t whole = length / kLanes * kLanes;
+  for (int64_t i = 0; i < whole;) {
+    Lanes<S> a(S(0)), b(S(0));
+    const int64_t stop = i + kRun < whole ? i + kRun : whole;
+    for (; i < stop; i += kLanes) add(numbers, start + i, a, b);
+    total_a += widen(a);
+    total_b += widen(b);
+  }
+  if (whole == length) return;
+  Lanes<S> a(S(0)), b(S(0));
+  add(numbers, start + length - kLanes, a, b);
+  const auto fresh = lane_numbers<S>() >= Lanes<S>(S(kLanes - (length - whole)));
+  total_a += widen(select(fresh, a, Lanes<S>(S(0))));
+  total_b += widen(select(fresh, b, Lanes<S>(S(0))));
+}
+
+template <class S, template <class> class Numbers, class Args, class Add>
+void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+  for (int64_t item = begin; item < end; ++item) {
+    const PlanePiece piece = plane_piece(p, item);
+    const auto numbers = broadcast(Numbers<S>::at(args, piece.channel));
+    Lanes<double> a(0.0), b(0.0);
+    for (int64_t n = piece.first; n < piece.last; ++n)
+      sum_plane<S>(plane_offset(p, n, piece.channel), p.inner, numbers, add, a, b);
+    args.sums[2 * item] = sum_of_lanes(a);
+    args.sums[2 * item + 1] = sum_of_lanes(b);
+  }
+}
+
+// each(numbers, offset) handles 16 values. The last vector of a plane overlaps the one before it and writes the same.
+template <class S, template <class> class Numbers, class Args, class Each>
+void for_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t channel = item / p.batch, start = plane_offset(p, item % p.batch, channel);
+    const auto numbers = broadcast(Numbers<S>::at(args, channel));
+    int64_t i = 0;
+    for (; i + kLanes <= p.inner; i += kLanes) each(numbers, start + i);
+    if (i < p.inner) each(numbers, start + p.inner - kLanes);
+  }
+}
+
+// ---- walking the rows view ------------------------------------------------------------------------------------------
+
+struct RowPiece {
+  int64_t first, last;  // rows
+};
+inline RowPiece row_piece(const Problem& p, int64_t item) {
+  const int64_t first = item * p.rows_per_piece, last = first + p.rows_per_piece;
+  return {first, last < p.rows ? last : p.rows};
+}
+
+// Sums of `count` rows for `tiles` vectors of columns, kept in registers, flushed once to double.
+template <class S, int tiles, template <class> class Numbers, class Args, class Add>
+void sum_row_tile(const Problem& p, const Args& args, int64_t row, int64_t count, int64_t column, const Add& add,
+                  double* sums) {
+  Lanes<S> a[tiles], b[tiles];
+  Numbers<Lanes<S>> numbers[tiles];
+  for (int t = 0; t < tiles; ++t) {
+    a[t] = b[t] = Lanes<S>(S(0));
+    numbers[t] = Numbers<Lanes<S>>::at(args, column + t * kLanes);
+  }
+  for (int64_t r = row; r < row + count; ++r)
+    _Pragma("GCC unroll 8") for (int t = 0; t < tiles; ++t)
+        add(numbers[t], r * p.columns + column + t * kLanes, a[t], b[t]);
+  for (int t = 0; t < tiles; ++t) {
+    double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
+    store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
+    store_lanes(sum_b, load_lanes(sum_b) + widen(b[t]));
+  }
+}
+
+template <class S, int tiles, template <class> class Numbers, class Args, class Add>
+void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+  for (int64_t item = begin; item < end; ++item) {
+    double* sums = args.sums + item * 2 * p.columns;
+    for (int64_t j = 0; j < 2 * p.columns; ++j) sums[j] = 0;
+    if (item == p.pieces) {  // the incomplete row, value by value
+      for (int64_t j = 0; j < p.tail; ++j) {
+        S a = 0, b = 0;
+        add(Numbers<S>::at(args, j), p.rows * p.columns + j, a, b);
+        sums[j] = a;
+        sums[j + p.columns] = b;
+      }
+      continue;
+    }
+    const RowPiece piece = row_piece(p, item);
+    for (int64_t row = piece.first; row < piece.last; row += kRowsPerFlush) {
+      const int64_t count = piece.last - row < kRowsPerFlush ? piece.last - row : kRowsPerFlush;
+      int64_t column = 0;
+      for (; column + tiles * kLanes <= p.columns; column += tiles * kLanes)
+        sum_row_tile<S, tiles, Numbers>(p, args, row, count, column, add, sums);
+      for (; column < p.columns; column += kLanes) sum_row_tile<S, 1, Numbers>(p, args, row, count, column, add, sums);
+    }
+  }
+}
+
+template <class S, template <class> class Numbers, class Args, class Each>
+void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
+  for (int64_t item = begin; item < end; ++item) {
+    if (item == p.pieces) {
+      for (int64_t j = 0; j < p.tail; ++j) each(Numbers<S>::at(args, j), p.rows * p.columns + j);
+      continue;
+    }
+    const RowPiece piece = row_piece(p, item);
+    for (int64_t row = piece.first; row < piece.last; ++row)
+      for (int64_t column = 0; column < p.columns; column += kLanes)
+        each(Numbers<Lanes<S>>::at(args, column), row * p.columns + column);
+  }
+}
+
+// The same sums, or the same elementwise work, over whichever view the problem has.
+template <class S, int tiles, template <class> class Numbers, class Args, class Add>
+void sum(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+  p.planar ? sum_planes<S, Numbers>(p, args, begin, end, add) : sum_rows<S, tiles, Numbers>(p, args, begin, end, add);
+}
+template <class S, template <class> class Numbers, class Args, class Each>
+void for_all(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
+  p.planar ? for_planes<S, Numbers>(p, args, begin, end, each) : for_rows<S, Numbers>(p, args, begin, end, each);
+}
+
+// ---- the passes -----------------------------------------------------------------------------------------------------
+
+// A value near the channel's mean: the mean of samples spread over the channel. Any finite value would be correct.
+template <class T>
+double sample(const Problem& p, const T* x, int64_t channel) {
+  double total = 0;
+  const int64_t count = p.batch * p.inner;
+  const int64_t samples = count < kShiftSamples ? count : kShiftSamples;
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t at = i * count / samples, n = at / p.inner, l = at % p.inner;
+    const bool planar_memory = p.planar || p.group > 1 || p.inner == 1;
+    total += load(x + (planar_memory ? plane_offset(p, n, channel) + l : at * p.channels + channel));
+  }
+  const double mean = total / double(samples);
+  return mean - mean == 0 ? mean : 0;  // not finite: any value does
+}
+
+template <class T>
+void statistics(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(args.x);
+  sum<core::OpMath<T>, 4, Shift>(p, args, begin, end, [=]<class V>(const Shift<V>& shift, int64_t i, V& a, V& b) {
+    const V d = Access<V>::load(x + i) - shift.near;
+    a += d;
+    b += d * d;
+  });
+}
+
+template <class T, bool has_residual, class Act>
+void forward(const Problem& p, const Forward& args, int64_t begin, int64_t end, const Act& act) {
+  const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
+  T* y = static_cast<T*>(args.y);
+  for_all<core::OpMath<T>, Affine>(p, args, begin, end, [=]<class V>(const Affine<V>& affine, int64_t i) {
+    V z = affine(Access<V>::load(x + i));
+    if constexpr (has_residual) z = z + Access<V>::load(residual + i);
+    Access<V>::store(y + i, act.forward(z));
+  });
+}
+
+// g = grad_y * act'(z + residual)
+template <class T, Kept kept, class V, class Act>
+V gate(const Backward& args, const Act& act, int64_t i, const V& x, const Affine<V>& affine) {
+  const V grad_y = Access<V>::load(static_cast<const T*>(args.grad_y) + i);
+  if constexpr (kept == Kept::output) {
+    return act.backward(grad_y, Access<V>::load(static_cast<const T*>(args.kept) + i));
+  } else {
+    V z = affine(x);
+    if constexpr (kept == Kept::residual) z = z + Access<V>::load(static_cast<const T*>(args.kept) + i);
+    return act.backward(grad_y, z);
+  }
+}
+
+template <class T, Kept kept, class Act>
+void reduce(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
+  const T* x = static_cast<const T*>(args.x);
+  sum<core::OpMath<T>, 2, Affine>(p, args, begin, end, [=]<class V>(const Affine<V>& affine, int64_t i, V& a, V& b) {
+    const V value = Access<V>::load(x + i);
+    const V g = gate<T, kept>(args, act, i, value, affine);
+    a += g;
+    b += g * affine.centered(value);
+  });
+}
+
+template <class T, Kept kept, class Act>
+void backward(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
+  const T* x = static_cast<const T*>(args.x);
+  T *grad_x = static_cast<T*>(args.grad_x), *grad_residual = static_cast<T*>(args.grad_residual);
+  for_all<core::OpMath<T>, InputGrad>(p, args, begin, end, [=]<class V>(const InputGrad<V>& numbers, int64_t i) {
+    const V value = Access<V>::load(x + i);
+    V g = gate<T, kept>(args, act, i, value, numbers.affine);
+    if (grad_residual) Access<V>::store(grad_residual + i, g);
+    if (!grad_x) return;
+    if (args.training) g = g - numbers.mean_grad - numbers.affine.centered(value) * numbers.slope_grad;
+    Access<V>::store(grad_x + i, numbers.affine.scale * g);
+  });
+}
+
+// ---- run-time choices to template arguments -------------------------------------------------------------------------
+
+template <class Call>
+void with_activation(const Problem& p, const Call& call) {
+  switch (p.activation) {
+    case Activation::identity:
+      return call(Identity{});
+    case Activation::relu:
+      return call(Relu{});
+    case Activation::leaky_relu:
+      return call(LeakyRelu{p.negative_slope});
+    case Activation::relu6:
+      return call(Relu6{});
+    case Activation::silu:
+      return call(Silu{});
+    case Activation::gelu:
+      return call(Gelu{});
+    case Activation::gelu_tanh:
+      return call(GeluTanh{});
+    case Activation::hardswish:
+      return call(Hardswish{});
+  }
+}
+
+void sample_any(const Problem& p, const void* x, int64_t channel, double* shift) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { *shift = sample(p, static_cast<const T*>(x), channel); });
+}
+
+void statistics_any(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { statistics<T>(p, args, begin, end); });
+}
+
+void forward_any(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
+    with_activation(p, [&](const auto& act) {
+      args.residual ? forward<T, true>(p, args, begin, end, act) : forward<T, false>(p, args, begin, end, act);
+    });
+  });
+}
+
+// Calls call<kept>(act) for the combination at hand; only those that batch_norm_act.cpp asks for are compiled.
+template <class Call>
+void with_kept(const Problem& p, const Backward& args, const Call& call) {
+  with_activation(p, [&]<class Act>(const Act& act) {
+    constexpr bool from_output = __is_same(Act, Relu) || __is_same(Act, LeakyRelu) || __is_same(Act, Relu6);
+    constexpr bool from_residual = !__is_same(Act, Relu) && !__is_same(Act, Relu6) && !__is_same(Act, Identity);
+    if (!args.kept) return call.template operator()<Kept::nothing>(act);
+    if constexpr (from_output)
+      if (args.kept_is_output) return call.template operator()<Kept::output>(act);
+    if constexpr (from_residual) call.template operator()<Kept::residual>(act);
+  });
+}
+
+void reduce_any(const Problem& p, const Backward& args, int64_t begin, int64_t end) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
+    with_kept(p, args, [&]<Kept kept>(const auto& act) { reduce<T, kept>(p, args, begin, end, act); });
+  });
+}
+
+void backward_any(const Problem& p, const Backward& args, int64_t begin, int64_t end) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
+    with_kept(p, args, [&]<Kept kept>(const auto& act) { backward<T, kept>(p, args, begin, end, act); });
+  });
+}
+
+}  // namespace
+
+const BatchNormActKernels batch_norm_act_kernels = {sample_any, statistics_any, forward_any, reduce_any, backward_any};
+
+}  // namespace deepops::DEEPOPS_ISA

@@ -1,0 +1,68 @@
+// Argument checks of the ops, and small conversions from torch's types. The Python wrappers check first, with better
+// words; these keep a direct call of torch.ops.deepops.* from crashing.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "core/dtype.h"
+
+namespace deepops::core {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DataType data_type_of(const Tensor& tensor, const char* op, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DataType::f32;
+    case ScalarType::Double:
+      return DataType::f64;
+    case ScalarType::Half:
+      return DataType::f16;
+    case ScalarType::BFloat16:
+      return DataType::bf16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, float16 or bfloat16");
+      return DataType::f32;
+  }
+}
+
+// The type of statistics and parameters beside data of this type.
+inline ScalarType opmath_scalar_type(DataType type) {
+  return type == DataType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void check_cpu(const Tensor& tensor, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+}
+
+// A vector of `size` values of the given type on the CPU, or nothing.
+inline void check_vector(const std::optional<Tensor>& tensor, int64_t size, ScalarType type, const char* op,
+                         const char* name) {
+  if (!tensor.has_value()) return;
+  check_cpu(*tensor, op, name);
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(), op, ": ", name,
+                  " must be contiguous with one value per channel");
+  STD_TORCH_CHECK(tensor->scalar_type() == type, op, ": ", name, " must be ",
+                  type == ScalarType::Double ? "float64" : "float32");
+}
+
+// Same sizes, strides and type as `like`, or nothing.
+inline void check_same_layout(const std::optional<Tensor>& tensor, const Tensor& like, const char* op,
+                              const char* name) {
+  if (!tensor.has_value()) return;
+  check_cpu(*tensor, op, name);
+  bool same = tensor->dim() == like.dim() && tensor->scalar_type() == like.scalar_type();
+  for (int64_t d = 0; same && d < like.dim(); ++d)
+    same = tensor->size(d) == like.size(d) && (like.size(d) == 1 || tensor->stride(d) == like.stride(d));
+  STD_TORCH_CHECK(same || like.numel() == 0, op, ": ", name, " must have the sizes, strides and dtype of x");
+}
+
+}  // namespace deepops::core

@@ -1,0 +1,98 @@
+// Elementary functions, written once: for one value (V = float or double; host and device) and for Lanes (V = Lanes<S>,
+// core/lanes.h, to be included first). They live in the namespace of the instruction set they are compiled for.
+#pragma once
+
+#ifndef DEEPOPS_ISA
+#define DEEPOPS_ISA isa_generic
+#endif
+#ifdef __CUDACC__
+#define DEEPOPS_HD __host__ __device__ inline
+#else
+#define DEEPOPS_HD inline
+#endif
+
+namespace deepops::DEEPOPS_ISA {
+
+DEEPOPS_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }
+DEEPOPS_HD double select(bool condition, double yes, double no) { return condition ? yes : no; }
+
+// The scalar behind V, and a constant of V in full precision.
+template <class V>
+struct ScalarOf {
+  using Type = V;
+};
+#ifndef __CUDACC__
+template <class S>
+struct ScalarOf<Lanes<S>> {
+  using Type = S;
+};
+#endif
+template <class V>
+DEEPOPS_HD V constant(double value) {
+  return V(static_cast<typename ScalarOf<V>::Type>(value));
+}
+
+// c[0] + c[1] x + ... + c[n-1] x^(n-1), by Horner's rule.
+template <class V, int n>
+DEEPOPS_HD V polynomial(const V& x, const float (&c)[n]) {
+  V value(c[n - 1]);
+  for (int i = n - 2; i >= 0; --i) value = value * x + V(c[i]);
+  return value;
+}
+
+// exp(x) in single precision, within 2 ulp on [-87, 88]; below it stays at exp(-87.3) = 1.2e-38, above at exp(88.3).
+// x = k ln 2 + r with |r| <= ln 2 / 2 (ln 2 split in two so that k ln 2 is exact), exp(r) = 1 + r + r^2 P(r); the
+// coefficients of P are a minimax fit (relative error 3e-9) made for this file.
+template <class V>
+DEEPOPS_HD V exp_single(V x) {
+  x = select(x < V(-87.3f), V(-87.3f), x);  // comparisons are false for NaN, which then runs through
+  x = select(x > V(88.3f), V(88.3f), x);
+  const V magic(12582912.0f + 127.0f);           // 1.5 * 2^23 + bias: adding it rounds to an integer,
+  const V shifted = x * V(1.44269504f) + magic;  // whose low bits are k + 127
+  const V k = shifted - magic;
+  const V r = (x - k * V(0.693359375f)) - k * V(-2.12194440e-4f);
+  const float c[] = {0.50000001f, 0.16666519f, 0.04166621f, 0.00836888f, 0.00139505f};
+  return (V(1.0f) + (r + r * r * polynomial(r, c))) * shift_left_into_exponent(shifted);
+}
+
+// Standard normal distribution function Phi(x) in single precision, absolute error below 1e-7:
+// Phi(-t) = exp(-t Q(t)) / 2 for 0 <= t <= 13.3, with Q a minimax fit of -log(2 Phi(-t)) / t made for this file.
+template <class V>
+DEEPOPS_HD V normal_cdf_single(V x) {
+  V t = select(x < V(0.0f), V(0.0f) - x, x);
+  t = select(t > V(13.3f), V(13.3f), t);
+  const float c[] = {0.797885319017916f,     0.3183002363346653f,    0.03637553818291408f,    -0.004857761855811901f,
+                     3.6448006125415944e-5f, 1.7713147948254237e-4f, -4.933826216430863e-5f,  7.510002002943607e-6f,
+                     -7.122104144463737e-7f, 4.167446164247756e-8f,  -1.3759284897228346e-9f, 1.9595936027791713e-11f};
+  const V tail = V(0.5f) * exp_single(V(0.0f) - t * polynomial(t, c));
+  return select(x < V(0.0f), tail, V(1.0f) - tail);
+}
+
+DEEPOPS_HD float exp(float x) { return exp_single(x); }
+DEEPOPS_HD double exp(double x) { return __builtin_exp(x); }
+DEEPOPS_HD float normal_cdf(float x) { return normal_cdf_single(x); }
+DEEPOPS_HD double normal_cdf(double x) { return 0.5 * __builtin_erfc(x * -0.70710678118654752440); }
+
+#ifndef __CUDACC__
+inline Lanes<float> exp(const Lanes<float>& x) { return exp_single(x); }
+inline Lanes<float> normal_cdf(const Lanes<float>& x) { return normal_cdf_single(x); }
+// Double precision is for checks, not for speed: libm, lane by lane.
+inline Lanes<double> exp(const Lanes<double>& x) {
+  Lanes<double> out;
+  for (int lane = 0; lane < kLanes; ++lane) out.set(lane, exp(x[lane]));
+  return out;
+}
+inline Lanes<double> normal_cdf(const Lanes<double>& x) {
+  Lanes<double> out;
+  for (int lane = 0; lane < kLanes; ++lane) out.set(lane, normal_cdf(x[lane]));
+  return out;
+}
+#endif
+
+// 1 / (1 + exp(-x))
+template <class V>
+DEEPOPS_HD V sigmoid(const V& x) {
+  return V(1.0f) / (V(1.0f) + exp(V(0.0f) - x));
+}
+
+}  // namespace deepops::DEEPOPS_ISA
