@@ -1,0 +1,5 @@
+"""Each op in 10-40 lines of plain PyTorch: oracle, documentation, and the path of devices without a kernel."""
+
+from deepops.reference.batch_norm_act import ACTIVATIONS, activation, batch_norm_act
+
+__all__ = ["ACTIVATIONS", "activation", "batch_norm_act"]
