@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepops._library import _C, binaries
+from deepops._library import binaries, version
 
-__version__ = "0.1.0"
+__version__ = version()
 __all__ = ["__version__", "binaries"]

@@ -6,8 +6,9 @@ Importing deepops never fails for want of a binary. Without one, every op runs i
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,20 +24,17 @@ _C: ModuleType | None = None  # the pybind11 module, None when it could not be i
 def _load() -> None:
     global _C
     try:
-        from . import _C as module
-
-        _PATHS["_C"] = Path(module.__file__)
+        _C = importlib.import_module("deepops._C")
+        _PATHS["_C"] = Path(str(_C.__file__))
     except ImportError as error:
         _MISSING["_C"] = f"cannot be imported: {error}"
-        module = None
     try:
-        torch.ops.load_library(str(_PATHS["_ops"]))
-        if module is not None:
-            module.attach_ops(str(_PATHS["_ops"]))
+        torch.ops.load_library(str(_PATHS["_ops"]))  # type: ignore[no-untyped-call]
+        if _C is not None:
+            _C.attach_ops(str(_PATHS["_ops"]))
     except (OSError, RuntimeError) as error:
         exists = _PATHS["_ops"].exists()
         _MISSING["_ops"] = f"cannot be loaded by torch {torch.__version__}: {error}" if exists else "was not built"
-    _C = module
     _MISSING["_cuda"] = "deepops has no CUDA kernels yet"
     lost = [f"{name} {_MISSING[name]}" for name in ("_ops", "_C") if name in _MISSING]
     if lost:
@@ -45,13 +43,23 @@ def _load() -> None:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``torch.ops.deepops.<op>`` has a kernel for tensors on ``device_type`` ("cpu", "cuda", ...)."""
     if "_ops" in _MISSING:
         return False
     key = torch._C._dispatch_key_for_device(device_type)
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"deepops::{op}", key))
+
+
+def version() -> str:
+    """The version of deepops: pyproject.toml states it, and the build writes it into ``_C``."""
+    if _C is not None:
+        return str(_C.build_info()["version"])
+    try:
+        return importlib.metadata.version("deepops-torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # a source folder that was never built
 
 
 def binaries() -> dict[str, str]:
