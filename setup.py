@@ -12,6 +12,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# Programs that pip put beside this interpreter are found although nobody activated its environment.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
 def check_requirements() -> None:
@@ -20,7 +22,7 @@ def check_requirements() -> None:
     missing = [f"the Python package {name}" for name in ("torch", "pybind11") if not importlib.util.find_spec(name)]
     missing += [f"the program {name}" for name in ("cmake", "ninja") if not shutil.which(name)]
     missing += [] if headers.exists() else [f"Python's headers ({headers}; on Debian: apt install python3-dev)"]
-    compilers = (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     missing += [] if any(map(shutil.which, compilers)) else ["a C++20 compiler (on Debian: apt install g++)"]
     if missing:
         sys.exit(f"deepops: cannot build, missing: {', '.join(missing)}; see 'Install' in README.md")
@@ -30,20 +32,23 @@ class CMakeBuild(build_ext):
     """One CMake run makes all libraries. All are declared, so that an editable install copies all of them."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # _ops has no Python symbols, hence no interpreter tag in its name.
+        """Return the file of an extension; _ops has no Python symbols, hence no interpreter tag in its name."""
         return "deepops/_ops.so" if fullname.endswith("_ops") else super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
+        """Run CMake for _C, which makes _ops too."""
         if ext.name.endswith("_ops"):
-            return  # built together with _C
+            return
         check_requirements()
         import pybind11
 
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve()
+        # One folder for every kind of build, so that the next one (an editable install too) compiles only what changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("DEEPOPS_BUILD_TYPE", "Debug" if self.debug else "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of an earlier isolated build is gone
             "DEEPOPS_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
