@@ -1,0 +1,167 @@
+"""``torch.autograd.Function`` around the compiled ops, which know nothing of autograd themselves.
+
+A Function outside the op costs 13 us less a call than ``torch.library.register_autograd``, measured on 2 cores with
+torch 2.13; ``torch.compile`` traces through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepops import reference
+
+Grad = Tensor | None
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The dense layout nearest to that of ``x``: the one the ops run in."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4:
+        if x.is_contiguous(memory_format=torch.channels_last) or _channels_innermost(x):
+            return torch.channels_last
+    elif x.dim() == 5 and (x.is_contiguous(memory_format=torch.channels_last_3d) or _channels_innermost(x)):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    """Whether a sliced or offset ``x`` steps like channels_last: channels closest together, then the last dimension."""
+    strides = x.stride()
+    return 0 < strides[1] < strides[-1] <= strides[-2]
+
+
+class BatchNormAct(torch.autograd.Function):
+    """``act(batch_norm(x) + residual)``; keeps ``x``, the per-channel vectors and, with a residual, one more tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N, C, ...], dense
+        residual: Tensor | None,  # as x
+        weight: Tensor | None,  # [C], as the other vectors in statistics_dtype(x.dtype)
+        bias: Tensor | None,
+        shift: Tensor | None,  # [C], a constant added to x before batch statistics: they remove it, its gradient is 0
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        if training:
+            y, mean, invstd = torch.ops.deepops.batch_norm_act_train.default(
+                x,
+                residual,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                momentum,
+                eps,
+                activation,
+                negative_slope,
+            )
+        else:
+            assert running_mean is not None
+            assert running_var is not None
+            # A copy: a training step between this forward and its backward would change the statistics.
+            mean, invstd = running_mean.clone(), torch.rsqrt(running_var + eps)
+            y = torch.ops.deepops.batch_norm_act_eval.default(
+                x, residual, weight, bias, mean, invstd, activation, negative_slope
+            )
+        kept = None
+        if residual is not None and activation != "identity":
+            kept = y if derivative_from_output(activation, negative_slope) else residual
+        ctx.save_for_backward(x, kept, weight, bias, mean, invstd)
+        ctx.options = (training, eps, activation, negative_slope, residual is not None)
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
+        x, kept, weight, bias, mean, invstd = ctx.saved_tensors
+        training, _, activation, negative_slope, _ = ctx.options
+        need_x, need_residual, need_weight, need_bias, need_shift = ctx.needs_input_grad[:5]
+        grad_shift = torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward(ctx, grad_y)
+        else:
+            grads = torch.ops.deepops.batch_norm_act_backward.default(
+                grad_y.contiguous(memory_format=memory_format_of(x)),
+                x,
+                kept,
+                weight,
+                bias,
+                mean,
+                invstd,
+                training,
+                activation,
+                negative_slope,
+                need_x,
+                need_residual,
+                need_weight or need_bias,
+            )
+        grad_x = grads[0] if need_x else None
+        grad_residual = grads[1] if need_residual else None
+        grad_weight = grads[2] if need_weight else None
+        grad_bias = grads[3] if need_bias else None
+        return grad_x, grad_residual, grad_weight, grad_bias, grad_shift, *[None] * 8
+
+
+def derivative_from_output(activation: str, negative_slope: float) -> bool:
+    """Whether the activation's derivative is a function of its output: then the output is kept, not the residual."""
+    return activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope >= 0)
+
+
+def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
+    """The same gradients by differentiable torch operations, for double backward (``create_graph=True``).
+
+    Forward in plain PyTorch on the saved tensors, then ``torch.autograd.grad``. Where the output was kept in place of
+    the residual, the activation is a multiplication with its (piecewise constant) derivative.
+    """
+    x, kept, weight, bias, mean, invstd = ctx.saved_tensors
+    training, eps, activation, negative_slope, has_residual = ctx.options
+    from_output = kept is not None and derivative_from_output(activation, negative_slope)
+    residual = kept if has_residual and not from_output else None
+    variance = torch.zeros_like(mean) if training else invstd.double().pow(-2).to(mean.dtype) - eps
+    z = reference.batch_norm_act(
+        x,
+        None if training else mean,
+        None if training else variance,
+        weight,
+        bias,
+        training,
+        0.0,
+        eps,
+        activation="identity" if from_output else activation.removesuffix("_tanh"),
+        negative_slope=negative_slope,
+        approximate="tanh" if activation == "gelu_tanh" else "none",
+        residual=residual,
+    )
+    grad_residual = None
+    if from_output:
+        slope = negative_slope if activation == "leaky_relu" else 0.0
+        y = kept.detach()
+        derivative = (y > 0).to(z.dtype) * (1 - slope) + slope
+        if activation == "relu6":
+            derivative = derivative * (y < 6)
+        z = z * derivative
+        grad_residual = grad_y * derivative
+    elif has_residual and residual is None:  # identity
+        grad_residual = grad_y
+    inputs = [x, residual, weight, bias]
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
+    found = torch.autograd.grad(z, [inputs[i] for i in wanted], grad_y, create_graph=True) if wanted else ()
+    grads: list[Grad] = [None] * 4
+    grads[1] = grad_residual
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return grads

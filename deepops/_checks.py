@@ -1,0 +1,136 @@
+"""Argument checks of ``deepops.functional``: each error names the argument, what was given and what is allowed.
+
+They live in Python because the text of an error thrown inside a compiled op may be lost on older torch versions, and
+they all run before anything is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepops.reference.batch_norm_act import ACTIVATIONS
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which the compiled ops take affine parameters and statistics for data of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_data(name: str, value: object) -> None:
+    """Raise unless ``value`` is a dense floating-point tensor; ``name`` is the argument's."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def check_activation(activation: str, approximate: str) -> None:
+    """Raise unless ``activation`` is known and ``approximate`` is a variant of gelu."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if approximate != "none" and approximate != "tanh":
+        raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
+
+
+def check_per_channel(name: str, value: object, x: Tensor, channels: int) -> None:
+    """Raise unless ``value`` is a vector of ``channels`` numbers of a dtype that goes with ``x``, on its device."""
+    check_data(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() != 1 or value.size(0) != channels:
+        raise ValueError(f"{name}: expected shape [{channels}], one per channel, got {list(value.shape)}")
+    allowed = statistics_dtype(x.dtype)
+    if value.dtype is not allowed and not (value.dtype is x.dtype and x.dtype in _SIXTEEN_BIT):
+        also = f" or {x.dtype}" if x.dtype in _SIXTEEN_BIT else ""
+        raise TypeError(f"{name}: expected {allowed}{also} beside x of {x.dtype}, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, where x is, got {value.device}")
+
+
+def check_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Check everything but the activation and the residual. ``x`` must have passed ``check_data``."""
+    if x.dim() < 2:
+        raise ValueError(f"x: expected rank 2 or more, [N, C, ...], got shape {list(x.shape)}")
+    channels = x.size(1)
+    if running_mean is not None:
+        check_per_channel("running_mean", running_mean, x, channels)
+    if running_var is not None:
+        check_per_channel("running_var", running_var, x, channels)
+    if weight is not None:
+        check_per_channel("weight", weight, x, channels)
+    if bias is not None:
+        check_per_channel("bias", bias, x, channels)
+    if training:
+        if x.numel() == channels and channels > 0:  # torch's own error, word for word
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if num_batches_tracked is not None:
+            _check_counter(num_batches_tracked, x)
+        elif momentum is None and (running_mean is not None or running_var is not None):
+            raise ValueError("num_batches_tracked: expected a tensor with momentum=None (cumulative average), got None")
+    elif running_mean is None or running_var is None:
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: expected a tensor with training=False, got None")
+
+
+def check_residual(residual: object, x: Tensor, y_shape: torch.Size) -> None:
+    """Raise unless ``residual`` can be added to the normalized ``x``; its dtype is checked by the caller."""
+    check_data("residual", residual)
+    assert isinstance(residual, Tensor)
+    if residual.shape != y_shape:
+        raise ValueError(f"residual: expected shape {list(y_shape)}, that of the output, got {list(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device}, where x is, got {residual.device}")
+
+
+def check_convolution(x: Tensor, conv_weight: object, conv_bias: object, groups: int, autocast: bool) -> None:
+    """Raise unless the tensors fit a two-dimensional convolution. ``x`` must have passed ``check_data``."""
+    check_data("conv_weight", conv_weight)
+    assert isinstance(conv_weight, Tensor)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected rank 4, [N, C, H, W], got shape {list(x.shape)}")
+    if conv_weight.dim() != 4:
+        raise ValueError(f"conv_weight: expected rank 4, [K, C / groups, R, S], got shape {list(conv_weight.shape)}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}")
+    if x.size(1) != conv_weight.size(1) * groups:
+        wanted = conv_weight.size(1) * groups
+        raise ValueError(f"x: expected {wanted} channels, conv_weight.size(1) * groups, got shape {list(x.shape)}")
+    _check_like_x("conv_weight", conv_weight, x, autocast)
+    if conv_bias is not None:
+        check_data("conv_bias", conv_bias)
+        assert isinstance(conv_bias, Tensor)
+        if conv_bias.dim() != 1 or conv_bias.size(0) != conv_weight.size(0):
+            shape = f"[{conv_weight.size(0)}], one per output channel"
+            raise ValueError(f"conv_bias: expected shape {shape}, got {list(conv_bias.shape)}")
+        _check_like_x("conv_bias", conv_bias, x, autocast)
+
+
+def _check_like_x(name: str, value: Tensor, x: Tensor, autocast: bool) -> None:
+    if value.dtype is not x.dtype and not autocast:
+        raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, where x is, got {value.device}")
+
+
+def _check_counter(value: object, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"num_batches_tracked: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype is not torch.int64 or value.numel() != 1:
+        given = f"{value.dtype} of shape {list(value.shape)}"
+        raise TypeError(f"num_batches_tracked: expected one int64 number, got {given}")
+    if value.device != x.device:
+        raise ValueError(f"num_batches_tracked: expected device {x.device}, where x is, got {value.device}")

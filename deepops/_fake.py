@@ -1,0 +1,69 @@
+"""Shapes, dtypes and strides of every op's results, for tracing and compiling (``torch.library.register_fake``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepops._checks import statistics_dtype
+
+
+def _batch_norm_act_train(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def _batch_norm_act_eval(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _batch_norm_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+    need_x: bool,
+    need_residual: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def data(needed: bool) -> Tensor:
+        return torch.empty_like(x) if needed else x.new_empty(0)
+
+    def affine() -> Tensor:
+        return x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
+
+    return data(need_x), data(need_residual), affine(), affine()
+
+
+def register() -> None:
+    """Register the functions above. Called once, after the ops were loaded."""
+    torch.library.register_fake("deepops::batch_norm_act_train", _batch_norm_act_train)
+    torch.library.register_fake("deepops::batch_norm_act_eval", _batch_norm_act_eval)
+    torch.library.register_fake("deepops::batch_norm_act_backward", _batch_norm_act_backward)
