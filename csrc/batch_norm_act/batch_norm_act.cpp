@@ -1,13 +1,16 @@
 // batch_norm_act on the CPU: checks, geometry, allocation, the order of the passes, registration.
 //
-// Planar data with enough channels runs in a single parallel region a pass over channels: statistics and the
-// elementwise pass of one channel follow each other while its planes are in the cache. Otherwise two regions.
+// Planar data with enough channels takes one parallel region: statistics and the elementwise pass of a channel follow
+// each other while its planes are in the cache. Otherwise there is one region for each.
 #include "batch_norm_act/batch_norm_act.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -26,6 +29,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kValuesPerThread = 16384;  // less work than this does not pay for waking a thread
+constexpr int64_t kValuesPerBlock = 8192;    // channels handled together: small ones share a call of a kernel
 constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
 
 const BatchNormActKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(batch_norm_act_kernels); }
@@ -66,10 +70,18 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
   STD_TORCH_CHECK(contiguous || x.dim() > 2, "batch_norm_act: x must be dense");
   if (x.numel() == 0) return p;
 
+  const bool channels_adjacent = !contiguous || p.inner == 1;
+  p.next_channel = channels_adjacent ? 1 : p.inner;
+  const int64_t count = p.batch * p.inner;
+  p.samples = std::min<int64_t>(count, std::size(p.sample_offset));
+  for (int64_t i = 0; i < p.samples; ++i) {
+    const int64_t at = i * count / p.samples, n = at / p.inner, l = at % p.inner;
+    p.sample_offset[i] = channels_adjacent ? at * p.channels : n * p.channels * p.inner + l;
+  }
+
   p.planar = contiguous && p.inner >= kLanes;
   if (p.planar) {
-    const int64_t values = p.batch * p.inner;
-    p.pieces = std::min(p.batch, (values + kValuesPerPiece - 1) / kValuesPerPiece);
+    p.pieces = std::min(p.batch, std::max<int64_t>(1, count / kValuesPerPiece));
     return p;
   }
   p.group = contiguous ? p.inner : 1;
@@ -77,10 +89,13 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
   p.columns = p.period * (kLanes / std::gcd(p.period, kLanes));
   p.rows = x.numel() / p.columns;
   p.tail = x.numel() % p.columns;
-  p.rows_per_piece = std::max<int64_t>(kLanes, kValuesPerPiece / p.columns / kLanes * kLanes);
-  p.pieces = (p.rows + p.rows_per_piece - 1) / p.rows_per_piece;
+  const int64_t pieces = std::clamp<int64_t>(x.numel() / kValuesPerPiece, 8, std::max<int64_t>(8, p.rows / kLanes));
+  p.rows_per_piece = std::max((p.rows + pieces - 1) / pieces, std::min(kLanes, p.rows));
+  p.pieces = p.rows == 0 ? 0 : (p.rows + p.rows_per_piece - 1) / p.rows_per_piece;
   return p;
 }
+
+int64_t row_items(const BatchNormActProblem& p) { return p.pieces + (p.tail > 0); }
 
 // ---- per-channel numbers, in the order the kernels want -------------------------------------------------------------
 
@@ -156,56 +171,74 @@ struct AffineNumbers {
 
 // ---- sums, and the walk over the work items -------------------------------------------------------------------------
 
-size_t size_of_sums(const BatchNormActProblem& p) {
-  return p.planar ? size_t(2 * p.channels * p.pieces) : size_t(2 * (p.pieces + 1) * p.columns);
-}
+// The pair of sums of every work item, and of every channel.
+class Sums {
+ public:
+  explicit Sums(const BatchNormActProblem& p)
+      : p_(p), data_(new double[p.planar ? 2 * p.channels * p.pieces : 2 * row_items(p) * p.columns]) {}
+  double* data() const { return data_.get(); }
 
-// The two sums of one channel, pieces added in their order.
-std::pair<double, double> sums_of_channel(const BatchNormActProblem& p, const double* sums, int64_t channel) {
-  double a = 0, b = 0;
-  if (p.planar) {
-    for (int64_t piece = 0; piece < p.pieces; ++piece) {
-      a += sums[2 * (channel * p.pieces + piece)];
-      b += sums[2 * (channel * p.pieces + piece) + 1];
+  // Adds the pieces of all channels into the first one, in their order. Rows only; planar channels add up on their own.
+  void add_pieces() {
+    if (p_.planar) return;
+    const int64_t width = 2 * p_.columns;
+    for (int64_t item = 1; item < row_items(p_); ++item)
+      for (int64_t j = 0; j < width; ++j) data_[j] += data_[item * width + j];
+  }
+
+  std::pair<double, double> of_channel(int64_t channel) const {
+    double a = 0, b = 0;
+    if (p_.planar) {
+      for (int64_t item = channel * p_.pieces; item < (channel + 1) * p_.pieces; ++item) {
+        a += data_[2 * item];
+        b += data_[2 * item + 1];
+      }
+    } else {
+      for (int64_t base = channel * p_.group; base < p_.columns; base += p_.period)
+        for (int64_t j = base; j < base + p_.group; ++j) {
+          a += data_[j];
+          b += data_[j + p_.columns];
+        }
     }
     return {a, b};
   }
-  for (int64_t piece = 0; piece <= p.pieces; ++piece) {
-    const double* of_piece = sums + piece * 2 * p.columns;
-    for (int64_t base = channel * p.group; base < p.columns; base += p.period)
-      for (int64_t j = base; j < base + p.group; ++j) {
-        a += of_piece[j];
-        b += of_piece[j + p.columns];
-      }
-  }
-  return {a, b};
-}
+
+ private:
+  const BatchNormActProblem& p_;
+  std::unique_ptr<double[]> data_;
+};
 
 int64_t grain(int64_t values_per_item) {
   return std::max<int64_t>(1, kValuesPerThread / std::max<int64_t>(1, values_per_item));
 }
 
-// Runs statistics-like `sum(begin, end)` over the summing items, `finish(channel)` for every channel, and
-// `each(begin, end)` over the elementwise items; each may be absent (null).
-template <class Sum, class Finish, class Each>
-void run(const BatchNormActProblem& p, bool want_sum, bool want_each, const Sum& sum, const Finish& finish,
-         const Each& each) {
+// Runs `prepare(begin, end)` over channels, `sum(begin, end)` over the summing items, `finish(begin, end)` over
+// channels, `each(begin, end)` over the elementwise items. sums: null if there is nothing to sum.
+template <class Prepare, class Sum, class Finish, class Each>
+void run(const BatchNormActProblem& p, Sums* sums, bool want_each, const Prepare& prepare, const Sum& sum,
+         const Finish& finish, const Each& each) {
   const int64_t values = p.batch * p.channels * p.inner;
-  if (p.planar && want_sum && want_each && p.channels >= 4 * int64_t(torch::stable::get_num_threads())) {
+  if (p.planar && sums && want_each && p.channels >= 4 * int64_t(torch::stable::get_num_threads())) {
+    const int64_t per_block = std::max<int64_t>(1, kValuesPerBlock / (values / p.channels));
     core::parallel_for(p.channels, grain(values / p.channels), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        sum(c * p.pieces, (c + 1) * p.pieces);
-        finish(c);
-        each(c * p.batch, (c + 1) * p.batch);
+      for (int64_t c = begin; c < end; c += per_block) {
+        const int64_t last = std::min(c + per_block, end);
+        prepare(c, last);
+        sum(c * p.pieces, last * p.pieces);
+        finish(c, last);
+        each(c * p.batch, last * p.batch);
       }
     });
     return;
   }
-  const int64_t sum_items = p.planar ? p.channels * p.pieces : p.pieces + 1;
-  const int64_t each_items = p.planar ? p.channels * p.batch : p.pieces + 1;
-  if (want_sum) core::parallel_for(sum_items, grain(values / sum_items), sum);
-  if (want_sum)
-    for (int64_t c = 0; c < p.channels; ++c) finish(c);
+  const int64_t sum_items = p.planar ? p.channels * p.pieces : row_items(p);
+  const int64_t each_items = p.planar ? p.channels * p.batch : row_items(p);
+  if (sums) {
+    prepare(0, p.channels);
+    core::parallel_for(sum_items, grain(values / sum_items), sum);
+    sums->add_pieces();
+    finish(0, p.channels);
+  }
   if (want_each) core::parallel_for(each_items, grain(values / each_items), each);
 }
 
@@ -213,11 +246,10 @@ void run(const BatchNormActProblem& p, bool want_sum, bool want_each, const Sum&
 
 // Statistics of one channel in double, two passes, for values whose squares do not fit single precision.
 std::pair<double, double> careful_statistics(const BatchNormActProblem& p, const void* x, int64_t channel) {
-  const bool planar_memory = p.planar || p.group == p.inner;
   const int64_t count = p.batch * p.inner;
   const auto value = [&](int64_t i) {
     const int64_t n = i / p.inner, l = i % p.inner;
-    const int64_t at = planar_memory ? (n * p.channels + channel) * p.inner + l : i * p.channels + channel;
+    const int64_t at = p.next_channel == 1 ? i * p.channels + channel : (n * p.channels + channel) * p.inner + l;
     return p.dtype == DataType::f64 ? static_cast<const double*>(x)[at] : double(static_cast<const float*>(x)[at]);
   };
   double mean = 0, squares = 0;
@@ -260,10 +292,12 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   }
 
   const int64_t count = p.batch * p.inner;
+  STD_TORCH_CHECK(count > 1, "batch_norm_act_train: more than one value per channel is needed");
   const BatchNormActKernels& kernel = kernels();
   AffineNumbers affine(p);
   PerChannel shift(p);
-  std::vector<double> shifts(p.channels), sums(size_of_sums(p));
+  std::vector<double> shifts(p.channels);
+  Sums sums(p);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -271,30 +305,30 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   args.sums = sums.data();
   args.shift = shift.data();
   affine.give(args);
-  for (int64_t c = 0; c < p.channels; ++c) {
-    kernel.sample(p, args.x, c, &shifts[c]);
-    if (p.dtype != DataType::f64) shifts[c] = static_cast<float>(shifts[c]);  // the very number the kernel subtracts
-    shift.set(c, shifts[c]);
-  }
-
   const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
   const ChannelTensor running_means(running_mean), running_vars(running_var);
-  const auto finish = [&](int64_t c) {
-    const auto [sum, squares] = sums_of_channel(p, sums.data(), c);
-    double channel_mean = shifts[c] + sum / double(count);
-    double variance = std::max(0.0, squares / double(count) - (sum / double(count)) * (sum / double(count)));
-    if (!std::isfinite(squares) && p.dtype <= DataType::f64)
-      std::tie(channel_mean, variance) = careful_statistics(p, args.x, c);
-    means.set(c, channel_mean);
-    invstds.set(c, 1 / std::sqrt(variance + eps));
-    affine.set(c, means[c], invstds[c], weights[c], biases[c]);
-    if (running_means) running_means.set(c, (1 - factor) * running_means[c] + factor * channel_mean);
-    if (running_vars)
-      running_vars.set(c, (1 - factor) * running_vars[c] + factor * variance * double(count) / double(count - 1));
+  const auto prepare = [&](int64_t begin, int64_t end) {
+    kernel.sample(p, args.x, begin, end, shifts.data() + begin);
+    for (int64_t c = begin; c < end; ++c) shift.set(c, shifts[c]);
   };
-  run(
-      p, true, true, [&](int64_t begin, int64_t end) { kernel.statistics(p, args, begin, end); }, finish,
-      [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); });
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const auto [sum, squares] = sums.of_channel(c);
+      double channel_mean = shifts[c] + sum / double(count);
+      double variance = std::max(0.0, squares / double(count) - (sum / double(count)) * (sum / double(count)));
+      if (!std::isfinite(squares) && p.dtype <= DataType::f64)
+        std::tie(channel_mean, variance) = careful_statistics(p, args.x, c);
+      means.set(c, channel_mean);
+      invstds.set(c, 1 / std::sqrt(variance + eps));
+      affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+      if (running_means) running_means.set(c, (1 - factor) * running_means[c] + factor * channel_mean);
+      if (running_vars)
+        running_vars.set(c, (1 - factor) * running_vars[c] + factor * variance * double(count) / double(count - 1));
+    }
+  };
+  const auto statistics = [&](int64_t begin, int64_t end) { kernel.statistics(p, args, begin, end); };
+  const auto forward = [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); };
+  run(p, &sums, true, prepare, statistics, finish, forward);
   return {y, mean, invstd};
 }
 
@@ -319,8 +353,8 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
   args.y = y.mutable_data_ptr();
   affine.give(args);
   const BatchNormActKernels& kernel = kernels();
-  run(
-      p, false, true, [](int64_t, int64_t) {}, [](int64_t) {},
+  const auto nothing = [](int64_t, int64_t) {};
+  run(p, nullptr, true, nothing, nothing, nothing,
       [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); });
   return y;
 }
@@ -358,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   PerChannel mean_grad(p), slope_grad(p);
   const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
   for (int64_t c = 0; c < p.channels; ++c) affine.set(c, means[c], invstds[c], weights[c], biases[c]);
-  std::vector<double> sums(size_of_sums(p));
+  Sums sums(p);
   BatchNormActBackward args{};
   args.grad_y = grad_y.const_data_ptr();
   args.x = x.const_data_ptr();
@@ -373,20 +407,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   affine.give(args);
 
   const ChannelTensor grad_weights(grad_weight), grad_biases(grad_bias);
-  const auto finish = [&](int64_t c) {
-    const auto [sum_g, sum_gx] = sums_of_channel(p, sums.data(), c);
-    if (need_affine) {
-      grad_weights.set(c, sum_gx * invstds[c]);
-      grad_biases.set(c, sum_g);
+  const auto nothing = [](int64_t, int64_t) {};
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const auto [sum_g, sum_gx] = sums.of_channel(c);
+      if (need_affine) {
+        grad_weights.set(c, sum_gx * invstds[c]);
+        grad_biases.set(c, sum_g);
+      }
+      mean_grad.set(c, sum_g / double(count));
+      slope_grad.set(c, sum_gx / double(count) * invstds[c] * invstds[c]);
     }
-    mean_grad.set(c, sum_g / double(count));
-    slope_grad.set(c, sum_gx / double(count) * invstds[c] * invstds[c]);
   };
   const BatchNormActKernels& kernel = kernels();
-  run(
-      p, need_affine || (training && need_x), need_x || need_residual,
-      [&](int64_t begin, int64_t end) { kernel.reduce(p, args, begin, end); }, finish,
-      [&](int64_t begin, int64_t end) { kernel.backward(p, args, begin, end); });
+  const auto reduce = [&](int64_t begin, int64_t end) { kernel.reduce(p, args, begin, end); };
+  const auto backward = [&](int64_t begin, int64_t end) { kernel.backward(p, args, begin, end); };
+  const bool want_sums = need_affine || (training && need_x);
+  run(p, want_sums ? &sums : nullptr, need_x || need_residual, nothing, reduce, finish, backward);
   return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 

@@ -31,6 +31,8 @@ struct BatchNormActProblem {
   // Statistics are summed in pieces that depend on the shape alone, so that no sum depends on the number of threads.
   // planar: `pieces` runs of whole planes per channel; rows: `pieces` blocks of `rows_per_piece` rows (and the tail).
   int64_t pieces, rows_per_piece;
+  // Offsets of samples spread over the values of channel 0; `next_channel` further on lie those of the next one.
+  int64_t samples, sample_offset[8], next_channel;
 };
 
 // Per-channel numbers come as one value per channel (planar) or per column (rows), float, or double for f64 data.
@@ -40,7 +42,7 @@ struct BatchNormActForward {
   void* y;
   const void *mean, *scale, *bias;  // z = (x - mean) * scale + bias
   const void* shift;                // statistics are taken of x - shift
-  double* sums;                     // planar [C][pieces][2], rows [pieces + 1][2][columns]: of x - shift, of its square
+  double* sums;                     // planar [C][pieces][2], rows [items][2][columns]: of x - shift, of its square
 };
 
 struct BatchNormActBackward {
@@ -55,9 +57,10 @@ struct BatchNormActBackward {
 };
 
 // A range of work items. planar: statistics and reductions have channels * pieces items, channel-major; elementwise
-// passes have channels * batch planes, channel-major. rows: pieces + 1 items, the last one being the tail.
+// passes have channels * batch planes, channel-major. rows: `pieces` items, and one more if there is a tail.
 struct BatchNormActKernels {
-  void (*sample)(const BatchNormActProblem&, const void* x, int64_t channel, double* shift);
+  // shift[c] for channels [begin, end): a number near the channel's mean, exact in x's opmath.
+  void (*sample)(const BatchNormActProblem&, const void* x, int64_t begin, int64_t end, double* shift);
   void (*statistics)(const BatchNormActProblem&, const BatchNormActForward&, int64_t begin, int64_t end);
   void (*forward)(const BatchNormActProblem&, const BatchNormActForward&, int64_t begin, int64_t end);
   void (*reduce)(const BatchNormActProblem&, const BatchNormActBackward&, int64_t begin, int64_t end);

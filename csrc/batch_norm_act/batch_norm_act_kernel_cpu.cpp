@@ -22,9 +22,8 @@ using Problem = BatchNormActProblem;
 using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 
-constexpr int kRowsPerFlush = 16;             // additions in single precision before a flush to double
-constexpr int kRun = kRowsPerFlush * kLanes;  // the same for a run of a plane
-constexpr int kShiftSamples = 16;
+constexpr int kPerFlush = 16;   // additions in single precision before a flush to double
+constexpr int kRowsAtOnce = 4;  // rows of an elementwise pass that share loaded numbers; more would hinder prefetching
 
 enum class Kept { nothing, residual, output };
 
@@ -56,6 +55,20 @@ struct Access<Lanes<S>> {
 template <class V>
 V load_at(const void* base, int64_t index) {  // one per-channel number, or those of 16 columns
   return Access<V>::load(static_cast<const typename ScalarOf<V>::Type*>(base) + index);
+}
+
+// The mean of samples spread over each channel. Any finite value would be correct; one near the mean is accurate.
+template <class T>
+void sample(const Problem& p, const T* x, int64_t begin, int64_t end, double* shift) {
+  for (int64_t c = begin; c < end; ++c) shift[c - begin] = 0;
+  for (int64_t s = 0; s < p.samples; ++s) {
+    const T* first = x + p.sample_offset[s];
+    for (int64_t c = begin; c < end; ++c) shift[c - begin] += load(first + c * p.next_channel);
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    const core::OpMath<T> mean = shift[c - begin] / double(p.samples);
+    shift[c - begin] = mean - mean == 0 ? mean : 0;  // not finite: any value does
+  }
 }
 
 // Per-channel numbers of a pass: V = S for one channel, V = Lanes<S> for 16 columns, or one channel in all lanes.
@@ -114,44 +127,60 @@ inline int64_t plane_offset(const Problem& p, int64_t n, int64_t channel) {
   return (n * p.channels + channel) * p.inner;
 }
 
-// add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
-// before it; values already counted are masked out.
-template <class S, class Numbers, class Add>
-void sum_plane(int64_t start, int64_t length, const Numbers& numbers, const Add& add, Lanes<double>& total_a,
-               Lanes<double>& total_b) {
-  const int64_t whole = length / kLanes * kLanes;
-  for (int64_t i = 0; i < whole;) {
-    Lanes<S> a(S(0)), b(S(0));
-    const int64_t stop = i + kRun < whole ? i + kRun : whole;
-    for (; i < stop; i += kLanes) add(numbers, start + i, a, b);
+// Two sums in lanes of S, flushed to double after kPerFlush additions.
+template <class S>
+struct PairOfSums {
+  Lanes<S> a{S(0)}, b{S(0)};
+  Lanes<double> total_a{0.0}, total_b{0.0};
+  int pending = 0;
+  void flush() {
     total_a += widen(a);
     total_b += widen(b);
+    a = b = Lanes<S>(S(0));
+    pending = 0;
+  }
+};
+
+// add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
+// before it: there only the lanes that are `fresh` count.
+template <class S, class Numbers, class Add>
+void sum_plane(int64_t start, int64_t length, const Numbers& numbers, const Add& add,
+               const typename Lanes<S>::Mask& fresh, PairOfSums<S>& sums) {
+  const int64_t whole = length / kLanes * kLanes;
+  for (int64_t i = 0; i < whole;) {
+    const int64_t room = i + (kPerFlush - sums.pending) * kLanes, stop = room < whole ? room : whole;
+    sums.pending += int((stop - i) / kLanes);
+    for (; i < stop; i += kLanes) add(numbers, start + i, sums.a, sums.b);
+    if (sums.pending == kPerFlush) sums.flush();
   }
   if (whole == length) return;
   Lanes<S> a(S(0)), b(S(0));
   add(numbers, start + length - kLanes, a, b);
-  const auto fresh = lane_numbers<S>() >= Lanes<S>(S(kLanes - (length - whole)));
-  total_a += widen(select(fresh, a, Lanes<S>(S(0))));
-  total_b += widen(select(fresh, b, Lanes<S>(S(0))));
+  sums.a += select(fresh, a, Lanes<S>(S(0)));
+  sums.b += select(fresh, b, Lanes<S>(S(0)));
+  if (++sums.pending == kPerFlush) sums.flush();
 }
 
 template <class S, template <class> class Numbers, class Args, class Add>
 void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+  const auto fresh = lane_numbers<S>() >= Lanes<S>(S(kLanes - p.inner % kLanes));
   for (int64_t item = begin; item < end; ++item) {
     const PlanePiece piece = plane_piece(p, item);
     const auto numbers = broadcast(Numbers<S>::at(args, piece.channel));
-    Lanes<double> a(0.0), b(0.0);
+    PairOfSums<S> sums;
     for (int64_t n = piece.first; n < piece.last; ++n)
-      sum_plane<S>(plane_offset(p, n, piece.channel), p.inner, numbers, add, a, b);
-    args.sums[2 * item] = sum_of_lanes(a);
-    args.sums[2 * item + 1] = sum_of_lanes(b);
+      sum_plane(plane_offset(p, n, piece.channel), p.inner, numbers, add, fresh, sums);
+    sums.flush();
+    args.sums[2 * item] = sum_of_lanes(sums.total_a);
+    args.sums[2 * item + 1] = sum_of_lanes(sums.total_b);
   }
 }
 
 // each(numbers, offset) handles 16 values. The last vector of a plane overlaps the one before it and writes the same.
+// From the last item to the first: what a pass before this one touched last is still in the cache.
 template <class S, template <class> class Numbers, class Args, class Each>
 void for_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = end - 1; item >= begin; --item) {
     const int64_t channel = item / p.batch, start = plane_offset(p, item % p.batch, channel);
     const auto numbers = broadcast(Numbers<S>::at(args, channel));
     int64_t i = 0;
@@ -170,24 +199,22 @@ inline RowPiece row_piece(const Problem& p, int64_t item) {
   return {first, last < p.rows ? last : p.rows};
 }
 
-// Sums of `count` rows for `tiles` vectors of columns, kept in registers, flushed once to double.
-template <class S, int tiles, template <class> class Numbers, class Args, class Add>
-void sum_row_tile(const Problem& p, const Args& args, int64_t row, int64_t count, int64_t column, const Add& add,
-                  double* sums) {
-  Lanes<S> a[tiles], b[tiles];
-  Numbers<Lanes<S>> numbers[tiles];
-  for (int t = 0; t < tiles; ++t) {
-    a[t] = b[t] = Lanes<S>(S(0));
-    numbers[t] = Numbers<Lanes<S>>::at(args, column + t * kLanes);
+// Rows go in small groups, columns in tiles of a few vectors, so that the numbers of a tile stay in registers.
+// tile<tiles>(row, count, column) handles one of them.
+template <int group, int tiles, class Tile>
+void for_tiles(const Problem& p, int64_t row, int64_t last, const Tile& tile) {
+  for (; row < last; row += group) {
+    const int64_t count = last - row < group ? last - row : group;
+    int64_t column = 0;
+    for (; column + tiles * kLanes <= p.columns; column += tiles * kLanes)
+      tile.template operator()<tiles>(row, count, column);
+    for (; column < p.columns; column += kLanes) tile.template operator()<1>(row, count, column);
   }
-  for (int64_t r = row; r < row + count; ++r)
-    _Pragma("GCC unroll 8") for (int t = 0; t < tiles; ++t)
-        add(numbers[t], r * p.columns + column + t * kLanes, a[t], b[t]);
-  for (int t = 0; t < tiles; ++t) {
-    double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
-    store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
-    store_lanes(sum_b, load_lanes(sum_b) + widen(b[t]));
-  }
+}
+
+template <class S, int tiles, template <class> class Numbers, class Args>
+void load_numbers(const Args& args, int64_t column, Numbers<Lanes<S>> (&numbers)[tiles]) {
+  for (int t = 0; t < tiles; ++t) numbers[t] = Numbers<Lanes<S>>::at(args, column + t * kLanes);
 }
 
 template <class S, int tiles, template <class> class Numbers, class Args, class Add>
@@ -205,65 +232,64 @@ void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for (int64_t row = piece.first; row < piece.last; row += kRowsPerFlush) {
-      const int64_t count = piece.last - row < kRowsPerFlush ? piece.last - row : kRowsPerFlush;
-      int64_t column = 0;
-      for (; column + tiles * kLanes <= p.columns; column += tiles * kLanes)
-        sum_row_tile<S, tiles, Numbers>(p, args, row, count, column, add, sums);
-      for (; column < p.columns; column += kLanes) sum_row_tile<S, 1, Numbers>(p, args, row, count, column, add, sums);
-    }
+    for_tiles<kPerFlush, tiles>(p, piece.first, piece.last, [&]<int width>(int64_t row, int64_t count, int64_t column) {
+      Lanes<S> a[width], b[width];
+      Numbers<Lanes<S>> numbers[width];
+      load_numbers<S>(args, column, numbers);
+      for (int t = 0; t < width; ++t) a[t] = b[t] = Lanes<S>(S(0));
+      for (int64_t r = row; r < row + count; ++r)
+        _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
+            add(numbers[t], r * p.columns + column + t * kLanes, a[t], b[t]);
+      for (int t = 0; t < width; ++t) {
+        double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
+        store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
+        store_lanes(sum_b, load_lanes(sum_b) + widen(b[t]));
+      }
+    });
   }
 }
 
-template <class S, template <class> class Numbers, class Args, class Each>
+template <class S, int tiles, template <class> class Numbers, class Args, class Each>
 void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = end - 1; item >= begin; --item) {  // backwards: see for_planes
     if (item == p.pieces) {
       for (int64_t j = 0; j < p.tail; ++j) each(Numbers<S>::at(args, j), p.rows * p.columns + j);
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for (int64_t row = piece.first; row < piece.last; ++row)
-      for (int64_t column = 0; column < p.columns; column += kLanes)
-        each(Numbers<Lanes<S>>::at(args, column), row * p.columns + column);
+    for_tiles<kRowsAtOnce, tiles>(p, piece.first, piece.last,
+                                  [&]<int width>(int64_t row, int64_t count, int64_t column) {
+                                    Numbers<Lanes<S>> numbers[width];
+                                    load_numbers<S>(args, column, numbers);
+                                    for (int64_t r = row; r < row + count; ++r)
+                                      _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
+                                          each(numbers[t], r * p.columns + column + t * kLanes);
+                                  });
   }
 }
 
-// The same sums, or the same elementwise work, over whichever view the problem has.
+// The same over whichever view the problem has.
 template <class S, int tiles, template <class> class Numbers, class Args, class Add>
 void sum(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
   p.planar ? sum_planes<S, Numbers>(p, args, begin, end, add) : sum_rows<S, tiles, Numbers>(p, args, begin, end, add);
 }
 template <class S, template <class> class Numbers, class Args, class Each>
 void for_all(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  p.planar ? for_planes<S, Numbers>(p, args, begin, end, each) : for_rows<S, Numbers>(p, args, begin, end, each);
+  p.planar ? for_planes<S, Numbers>(p, args, begin, end, each) : for_rows<S, 2, Numbers>(p, args, begin, end, each);
 }
 
 // ---- the passes -----------------------------------------------------------------------------------------------------
 
-// A value near the channel's mean: the mean of samples spread over the channel. Any finite value would be correct.
-template <class T>
-double sample(const Problem& p, const T* x, int64_t channel) {
-  double total = 0;
-  const int64_t count = p.batch * p.inner;
-  const int64_t samples = count < kShiftSamples ? count : kShiftSamples;
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t at = i * count / samples, n = at / p.inner, l = at % p.inner;
-    const bool planar_memory = p.planar || p.group > 1 || p.inner == 1;
-    total += load(x + (planar_memory ? plane_offset(p, n, channel) + l : at * p.channels + channel));
-  }
-  const double mean = total / double(samples);
-  return mean - mean == 0 ? mean : 0;  // not finite: any value does
-}
-
 template <class T>
 void statistics(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
+  using S = core::OpMath<T>;
   const T* x = static_cast<const T*>(args.x);
-  sum<core::OpMath<T>, 4, Shift>(p, args, begin, end, [=]<class V>(const Shift<V>& shift, int64_t i, V& a, V& b) {
+  const auto add = [=]<class V>(const Shift<V>& shift, int64_t i, V& a, V& b) {
     const V d = Access<V>::load(x + i) - shift.near;
     a += d;
     b += d * d;
-  });
+  };
+  sum<S, 4, Shift>(p, args, begin, end, add);
 }
 
 template <class T, bool has_residual, class Act>
@@ -292,13 +318,15 @@ V gate(const Backward& args, const Act& act, int64_t i, const V& x, const Affine
 
 template <class T, Kept kept, class Act>
 void reduce(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
+  using S = core::OpMath<T>;
   const T* x = static_cast<const T*>(args.x);
-  sum<core::OpMath<T>, 2, Affine>(p, args, begin, end, [=]<class V>(const Affine<V>& affine, int64_t i, V& a, V& b) {
+  const auto add = [=]<class V>(const Affine<V>& affine, int64_t i, V& a, V& b) {
     const V value = Access<V>::load(x + i);
     const V g = gate<T, kept>(args, act, i, value, affine);
     a += g;
     b += g * affine.centered(value);
-  });
+  };
+  sum<S, 2, Affine>(p, args, begin, end, add);
 }
 
 template <class T, Kept kept, class Act>
@@ -339,8 +367,8 @@ void with_activation(const Problem& p, const Call& call) {
   }
 }
 
-void sample_any(const Problem& p, const void* x, int64_t channel, double* shift) {
-  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { *shift = sample(p, static_cast<const T*>(x), channel); });
+void sample_any(const Problem& p, const void* x, int64_t begin, int64_t end, double* shift) {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { sample(p, static_cast<const T*>(x), begin, end, shift); });
 }
 
 void statistics_any(const Problem& p, const Forward& args, int64_t begin, int64_t end) {

@@ -186,16 +186,19 @@ inline void store(core::BFloat16* p, float value) {
   *p = {uint16_t(bfloat16_bits_of<uint32_t>(__builtin_bit_cast(uint32_t, value)))};
 }
 
+// Part by part: one memcpy of the whole array would go through the stack.
 template <class S>
 Lanes<S> load_lanes(const S* p) {
+  constexpr int kParts = Lanes<S>::kParts;
   Lanes<S> out;
-  __builtin_memcpy(out.part, p, sizeof out.part);
+  DEEPOPS_FOR_PARTS(k) __builtin_memcpy(&out.part[k], p + k * Lanes<S>::kPerPart, kVectorBytes);
   return out;
 }
 
 template <class S>
 void store_lanes(S* p, const Lanes<S>& value) {
-  __builtin_memcpy(p, value.part, sizeof value.part);
+  constexpr int kParts = Lanes<S>::kParts;
+  DEEPOPS_FOR_PARTS(k) __builtin_memcpy(p + k * Lanes<S>::kPerPart, &value.part[k], kVectorBytes);
 }
 
 typedef uint16_t U16Part __attribute__((vector_size(kVectorBytes / 2)));
@@ -249,13 +252,28 @@ inline void store_lanes(core::Half* p, const Lanes<float>& value) {
 // ---- sums in double -------------------------------------------------------------------------------------------------
 
 inline Lanes<double> widen(const Lanes<double>& value) { return value; }
+// Half `half` of a vector of floats, as doubles.
+template <int half>
+Lanes<double>::Value widen_half(Lanes<float>::Value value) {
+#if defined(__AVX512F__)
+  constexpr int i = 8 * half;
+  return __builtin_convertvector(
+      __builtin_shufflevector(value, value, i, i + 1, i + 2, i + 3, i + 4, i + 5, i + 6, i + 7), Lanes<double>::Value);
+#elif defined(__AVX2__)
+  constexpr int i = 4 * half;
+  return __builtin_convertvector(__builtin_shufflevector(value, value, i, i + 1, i + 2, i + 3), Lanes<double>::Value);
+#else
+  constexpr int i = 2 * half;
+  return __builtin_convertvector(__builtin_shufflevector(value, value, i, i + 1), Lanes<double>::Value);
+#endif
+}
 inline Lanes<double> widen(const Lanes<float>& value) {
-  typedef float FloatPart __attribute__((vector_size(kVectorBytes / 2)));
-  constexpr int kParts = Lanes<double>::kParts;
-  FloatPart narrow[kParts];
-  __builtin_memcpy(narrow, value.part, sizeof narrow);
+  constexpr int kParts = Lanes<float>::kParts;
   Lanes<double> out;
-  DEEPOPS_FOR_PARTS(p) out.part[p] = __builtin_convertvector(narrow[p], Lanes<double>::Value);
+  DEEPOPS_FOR_PARTS(p) {
+    out.part[2 * p] = widen_half<0>(value.part[p]);
+    out.part[2 * p + 1] = widen_half<1>(value.part[p]);
+  }
   return out;
 }
 
