@@ -273,13 +273,10 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   STD_TORCH_CHECK(!num_batches_tracked.has_value() ||
                       (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1),
                   "batch_norm_act_train: num_batches_tracked must be one int64");
-  STD_TORCH_CHECK(momentum.has_value() || num_batches_tracked.has_value() || !running_mean.has_value(),
-                  "batch_norm_act_train: momentum=None needs num_batches_tracked");
-
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {p.channels}, stat_type);
   Tensor invstd = torch::stable::new_empty(x, {p.channels}, stat_type);
-  double factor = momentum.value_or(0);
+  double factor = momentum.value_or(0);  // as torch: no update for momentum=None without a count
   if (num_batches_tracked.has_value()) {
     int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
     ++batches;

@@ -53,6 +53,17 @@ struct Relu6 {
   }
 };
 
+// s = sigmoid(x) and 1 - s, neither by cancellation nor by infinity times 0.
+template <class V>
+struct SigmoidAndRest {
+  V s, rest;
+  DEEPOPS_HD explicit SigmoidAndRest(const V& x) {
+    const V e = exp(V(0.0f) - x);
+    s = V(1.0f) / (V(1.0f) + e);
+    rest = select(x < V(0.0f), V(1.0f) - s, e * s);
+  }
+};
+
 struct Silu {  // z * sigmoid(z)
   template <class V>
   DEEPOPS_HD V forward(const V& z) const {
@@ -60,8 +71,8 @@ struct Silu {  // z * sigmoid(z)
   }
   template <class V>
   DEEPOPS_HD V backward(const V& g, const V& z) const {
-    const V s = sigmoid(z);
-    return g * (s * (V(1.0f) + z * (V(1.0f) - s)));
+    const SigmoidAndRest<V> sigmoid(z);
+    return g * (sigmoid.s * (V(1.0f) + z * sigmoid.rest));
   }
 };
 
@@ -88,9 +99,9 @@ struct GeluTanh {  // z (1 + tanh u) / 2 = z * sigmoid(2 u), u = sqrt(2 / pi) (z
   }
   template <class V>
   DEEPOPS_HD V backward(const V& g, const V& z) const {
-    const V s = sigmoid(twice_u(z));
+    const SigmoidAndRest<V> sigmoid(twice_u(z));
     const V twice_du = constant<V>(1.59576912160573071176) * (V(1.0f) + constant<V>(3 * 0.044715) * z * z);
-    return g * (s + z * (s * (V(1.0f) - s)) * twice_du);
+    return g * (sigmoid.s + z * (sigmoid.s * sigmoid.rest) * twice_du);
   }
 };
 

@@ -40,13 +40,13 @@ DEEPOPS_HD V polynomial(const V& x, const float (&c)[n]) {
   return value;
 }
 
-// exp(x) in single precision, within 2 ulp on [-87, 88]; below it stays at exp(-87.3) = 1.2e-38, above at exp(88.3).
+// exp(x) in single precision, within 2 ulp on [-87.3, 88.3]; 0 below -87.7, infinite above 88.4.
 // x = k ln 2 + r with |r| <= ln 2 / 2 (ln 2 split in two so that k ln 2 is exact), exp(r) = 1 + r + r^2 P(r); the
 // coefficients of P are a minimax fit (relative error 3e-9) made for this file.
 template <class V>
 DEEPOPS_HD V exp_single(V x) {
-  x = select(x < V(-87.3f), V(-87.3f), x);  // comparisons are false for NaN, which then runs through
-  x = select(x > V(88.3f), V(88.3f), x);
+  x = select(x < V(-88.1f), V(-88.1f), x);       // k = -127: the exponent field 0, which is 0
+  x = select(x > V(88.8f), V(88.8f), x);         // k = 128: the exponent field 255, which is infinity; NaN runs through
   const V magic(12582912.0f + 127.0f);           // 1.5 * 2^23 + bias: adding it rounds to an integer,
   const V shifted = x * V(1.44269504f) + magic;  // whose low bits are k + 127
   const V k = shifted - magic;
