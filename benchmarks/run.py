@@ -1,0 +1,61 @@
+"""Runs benchmarks: ``python -m benchmarks.run [name...] [--quick] [--refcheck]``; ``make bench`` runs them all.
+
+A full run writes ``benchmarks/results/<name>.csv`` and the table in README.md. ``--quick`` (a tenth of the time, for a
+first look) writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import harness, table
+
+
+def names() -> list[str]:
+    """The benchmarks there are: every ``benchmarks/bench_<name>.py``."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def line(result: harness.Result) -> str:
+    """One line for a case: median and spread of every provider, and its ratio to the baseline."""
+    parts = []
+    for provider, sample in result.samples.items():
+        ratio = result.ratio(provider)
+        text = f"{provider} {sample.median:.4g} ({sample.p20:.4g}..{sample.p80:.4g}) {result.case.unit}"
+        parts.append(text if ratio is None or provider == result.case.baseline else f"{text} {ratio:.2f}x")
+    return f"  {result.case.group:32} {result.case.name:24} {' | '.join(parts)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named benchmarks, all of them by default. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description="Times deepops against stock PyTorch."
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which ones: {', '.join(names())} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time; writes no files")
+    parser.add_argument("--refcheck", action="store_true", help="compare the outputs before timing them")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.names) - set(names())):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names())}")
+
+    for name in options.names or names():
+        print(name, flush=True)
+        cases = importlib.import_module(f"benchmarks.bench_{name}").cases()
+        results = []
+        for result in harness.run(name, cases, quick=options.quick, refcheck=options.refcheck):
+            results.append(result)
+            print(line(result), flush=True)
+        if not options.quick:
+            print(f"  wrote {harness.write_csv(name, results)}")
+    if not options.quick:
+        table.update()
+    print("\n" + table.plain(table.load()) if not options.quick else "", end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
