@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import deepops.nn
 import deepops.optim
-from benchmarks.harness import Case, saved_bytes
+from benchmarks.harness import Case
+from deepops.testing import saved_storages
 
 BATCH = 32
 Block = Callable[[int, int], nn.Module]
@@ -66,7 +67,13 @@ def block_bytes(block: Block, inputs: int, outputs: int, size: int) -> Callable[
     """KiB that one block keeps for its backward, without input, parameters and buffers."""
     module = block(inputs, outputs)
     x = torch.randn(BATCH, inputs, size, size, requires_grad=True)
-    return lambda: saved_bytes(lambda: module(x), [x, *module.parameters(), *module.buffers()]) / 1024
+    alive = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters(), *module.buffers())}
+
+    def kibibytes() -> float:
+        storages = saved_storages(lambda: module(x))
+        return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in alive) / 1024
+
+    return kibibytes
 
 
 def cases() -> Iterator[Case]:

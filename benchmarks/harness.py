@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import deepops
+from deepops.testing import assert_close_to_oracle
 
 THREADS = 2
 RESULTS = Path(__file__).parent / "results"
@@ -171,39 +172,13 @@ def check_outputs(case: Case) -> None:
     """
     if case.oracle is None or case.baseline is None:
         return
-    from deepops.testing import assert_close_to_oracle
-
     oracle = tensors(case.oracle())
     stock = tensors(case.providers[case.baseline]())
     for name, call in case.providers.items():
         actual = tensors(call())
         assert len(actual) == len(stock) == len(oracle) > 0, f"{case.name}: {name} returns {len(actual)} tensors"
         for ours, theirs, exact in zip(actual, stock, oracle, strict=True):
-            assert_close_to_oracle(ours, theirs, exact)
-
-
-def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """Bytes that ``forward`` keeps for its backward, each storage counted once.
-
-    Args:
-        forward: runs the forward pass; what it returns may be thrown away.
-        known: tensors that live anyway (inputs, parameters, buffers); their storages are not counted.
-    """
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # or a freed storage's address could come again
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    for tensor in known:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del output
-    return sum(kept.values())
+            assert_close_to_oracle(ours, theirs, exact, name=f"{case.group} {case.name} {name}")
 
 
 def run(bench: str, cases: Iterable[Case], *, quick: bool = False, refcheck: bool = False) -> Iterator[Result]:
