@@ -1,0 +1,257 @@
+"""Values of the ``batch_norm_act`` ops, forward and backward, against the fp64 oracle."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from bn_cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FORMATS,
+    Case,
+    Pools,
+    backward,
+    evaluate,
+    gradient_scales,
+    make_case,
+    op_results,
+    stock_results,
+)
+from bn_cases import train as op_train
+from bn_exact import exact_results
+
+from deepops import testing
+from deepops.testing import ErrorPool
+
+SHAPES = {2: (37, 9), 3: (5, 9, 11), 4: (5, 9, 3, 7), 5: (3, 9, 2, 3, 5)}
+CHANNELS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100]
+SPATIAL = [1, 2, 3, 4, 7, 9, 15, 16, 17, 31, 33, 49, 64, 65, 127, 130]
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@both_modes
+def test_every_option(training, dtype, activation):
+    """All of dtype x activation x layout x residual x affine; rounding of fp64 is the next test's."""
+    pools = Pools()
+    for layout, residual, affine in product(FORMATS, (False, True), (False, True)):
+        rank, memory_format = FORMATS[layout]
+        case = make_case(
+            SHAPES[rank], dtype, memory_format, activation=activation, residual=residual, affine=affine,
+            training=training,
+        )  # fmt: skip
+        if dtype == torch.float64:
+            assert_nearly_exact(case, training)
+        else:
+            pools.add(case, training, f"{layout} residual={residual} affine={affine}")
+    if dtype != torch.float64:
+        pools.check()
+
+
+def assert_nearly_exact(case: Case, training: bool) -> None:
+    """fp64 results judged by the rule of fp32: catches what is wrong, leaves rounding to ``test_fp64_rounding``."""
+    actual = {name: t.float() if t.is_floating_point() else t for name, t in op_results(case, training).items()}
+    narrow = {n: t.float() for n, t in vars(case).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    with testing.use_threads(1):
+        stock, oracle = stock_results(replace(case.clone(), **narrow), training), stock_results(case, training)
+    for name, expected in oracle.items():
+        if expected.is_floating_point():
+            testing.assert_close_to_oracle(actual[name], stock[name], expected, name=name)
+        else:
+            assert actual[name].item() == expected.item()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@both_modes
+def test_fp64_rounding(training, activation):
+    pools: dict[str, ErrorPool] = {}
+    options = [(False, True, "NCHW"), (True, True, "NHWC"), (True, False, "NCL"), (False, True, "NHWC")] * 2
+    for residual, affine, layout in options:
+        rank, memory_format = FORMATS[layout]
+        case = make_case(
+            {4: (3, 9, 2, 5), 3: (3, 9, 11)}[rank], torch.float64, memory_format, activation=activation,
+            residual=residual, affine=affine, training=training,
+        )  # fmt: skip
+        exact, stock, actual = exact_results(case, training), stock_results(case, training), op_results(case, training)
+        scales = gradient_scales(case, training)
+        for name, expected in exact.items():
+            pool = pools.setdefault(name, ErrorPool())
+            pool.add(actual[name], stock[name], expected, name=f"{layout} {name}", scale=scales.get(name))
+    for pool in pools.values():
+        pool.check()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@both_modes
+def test_sizes_around_vector_borders(training, dtype, layout):
+    """Every channel count with every spatial size, batch sizes 1 to 33, every instruction set."""
+    choose, pools, (_, memory_format) = random.Random(0), Pools(), FORMATS[layout]
+    for channels in CHANNELS:
+        for spatial in SPATIAL:
+            batch = choose.randint(2 if spatial == 1 else 1, max(2, min(33, 20_000 // (channels * spatial))))
+            height = choose.choice([d for d in range(1, spatial + 1) if spatial % d == 0])
+            shape = (batch, channels, height, spatial // height)
+            case = make_case(
+                shape, dtype, memory_format, activation=choose.choice(["relu", "silu"]), training=training,
+                residual=choose.random() < 0.3, affine=choose.random() < 0.8,
+            )  # fmt: skip
+            if dtype == torch.float64:
+                assert_nearly_exact(case, training)
+                continue
+            pools.add(case, training, f"{list(shape)} {case.activation}")
+    if dtype != torch.float64:
+        pools.check()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_instruction_set_runs(dtype, layout):
+    assert testing.isas()[0] == "baseline"
+    for isa in testing.isas():
+        pools = Pools()
+        with testing.use_isa(isa):
+            for activation in ACTIVATIONS:
+                for shape in [(4, 33, 5, 7), (2, 3, 17, 3)]:
+                    case = make_case(shape, dtype, FORMATS[layout][1], activation=activation, residual=True)
+                    pools.add(case, True, f"{isa} {list(shape)} {activation}")
+        pools.check()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+@pytest.mark.parametrize("mean", [100.0, -1000.0])
+def test_mean_far_above_sigma(mean, layout):
+    """Stock's measure is its NCHW kernel: channels_last has to be as accurate."""
+    rank, memory_format = FORMATS[layout]
+    shape = {4: (8, 16, 14, 14), 2: (512, 16)}[rank]
+    for activation in ("identity", "relu"):
+        pools = Pools()
+        for _ in range(3):
+            case = make_case(shape, torch.float32, memory_format, activation=activation, mean=mean)
+            pools.add(replace(case, x=case.x * 0.5 + mean / 2), True)  # sigma 1
+        pools.check()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_statistics_of_the_batch(layout):
+    """mean and invstd, which the backward uses, are fp64 for fp64 and fp32 else."""
+    for dtype in DTYPES:
+        pools = ErrorPool(), ErrorPool()
+        for shape in [(4, 9, 5, 7), (16, 33, 8, 8), (2, 3, 40, 40)]:
+            case = make_case(shape, dtype, FORMATS[layout][1], mean=3.0)
+            _, *actual = op_train(case.clone())
+            x = case.x.double()
+            oracle = x.mean([0, 2, 3]), (x.var([0, 2, 3], correction=0) + case.eps).rsqrt()
+            finest = case.x.to(actual[0].dtype)
+            _, *stock = torch.native_batch_norm(finest.contiguous(), None, None, None, None, True, 0.1, case.eps)
+            for pool, a, s, o in zip(pools, actual, stock, oracle, strict=True):
+                assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                if dtype == torch.float64:  # the oracle rounds as well
+                    a, s = a.float(), s.float()
+                pool.add(a, s, o, name=f"{dtype} {shape}")
+        for pool in pools:
+            pool.check()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.5, -0.5])
+@pytest.mark.parametrize("residual", [False, True])
+def test_slopes_of_leaky_relu(residual, slope):
+    for layout in ("NCHW", "NHWC"):
+        pools = Pools()
+        case = make_case(
+            (5, 17, 3, 5), torch.float32, FORMATS[layout][1], activation="leaky_relu", negative_slope=slope,
+            residual=residual,
+        )  # fmt: skip
+        pools.add(case, True, f"{layout} {slope}")
+        pools.check()
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-8])
+def test_constant_channels(eps):
+    """Variance 0: the result is act(bias), the gradient is finite."""
+    for layout in ("NCHW", "NHWC"):
+        case = make_case((4, 8, 3, 3), torch.float32, FORMATS[layout][1], eps=eps, activation="identity")
+        x = case.x.clone()
+        x[:, ::2] = 0.3
+        case = replace(case, x=x)
+        pools = Pools()
+        pools.add(case, True, layout)
+        pools.check()
+        y = op_train(case.clone())[0]
+        assert torch.equal(y[:, ::2], case.bias[::2].view(1, -1, 1, 1).expand_as(y[:, ::2]))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, 0.37, None])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_running_statistics_over_three_steps(layout, momentum):
+    """In place, unbiased variance, counter; momentum=None is the cumulative average."""
+    norm = torch.nn.BatchNorm2d(6, momentum=momentum)
+    exact = torch.nn.BatchNorm2d(6, momentum=momentum).double()
+    running = [torch.zeros(6), torch.ones(6), torch.tensor(0)]
+    addresses = [t.data_ptr() for t in running]
+    for step in range(3):
+        case = make_case((3, 6, 4, 5), memory_format=FORMATS[layout][1], momentum=momentum, mean=2.0 * step)
+        case = replace(case, running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+        op_train(case)
+        norm(case.x.contiguous())
+        exact(case.x.double())
+        assert running[2].item() == step + 1
+        assert norm.num_batches_tracked.item() == step + 1
+        for ours, name in zip(running, ("running_mean", "running_var"), strict=False):
+            testing.assert_close_to_oracle(ours, getattr(norm, name), getattr(exact, name), name=f"{name} {step}")
+    assert addresses == [t.data_ptr() for t in running]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_two_values_per_channel(layout):
+    """The unbiased variance is twice the biased one."""
+    case = make_case((2, 5, 1, 1), memory_format=FORMATS[layout][1], momentum=1.0, activation="identity")
+    var = case.x.double().var([0, 2, 3])
+    updated = case.clone()
+    op_train(updated)
+    testing.assert_close_to_oracle(updated.running_var, var.float(), var)
+
+
+@pytest.mark.parametrize("absent", ["statistics", "counter", "everything"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_absent_buffers(momentum, absent):
+    """Without a counter momentum=None leaves the running statistics alone, as torch.nn.BatchNorm2d does."""
+    case = make_case((4, 5, 3, 3), momentum=momentum)
+    if absent != "counter":
+        case = replace(case, running_mean=None, running_var=None)
+    if absent != "statistics":
+        case = replace(case, num_batches_tracked=None)
+    pools = Pools()
+    pools.add(case, True)
+    pools.check()
+    if absent == "counter" and momentum is None:
+        updated = case.clone()
+        op_train(updated)
+        assert torch.equal(updated.running_mean, case.running_mean)
+        assert torch.equal(updated.running_var, case.running_var)
+
+
+def test_evaluation_changes_no_statistic():
+    case = make_case((4, 5, 3, 3))
+    mean, invstd = case.statistics()
+    before = mean.clone(), invstd.clone()
+    y = evaluate(case)
+    backward(case, y, mean, invstd, training=False)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(invstd, before[1])
+    assert case.num_batches_tracked.item() == 3
+
+
+def test_only_weight_or_only_bias():
+    """torch.nn.functional.batch_norm takes either alone."""
+    for absent, training in product(("weight", "bias"), (True, False)):
+        pools = Pools()
+        for shape in [(5, 9, 3, 7), (3, 31, 4, 4), (2, 64, 5, 5), (9, 33, 2, 3), (6, 100, 3, 3), (4, 17, 6, 6)]:
+            case = make_case(shape, activation="silu", residual=True, training=training)
+            pools.add(replace(case, **{absent: None}), training, f"no {absent}")
+        pools.check()
