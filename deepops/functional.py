@@ -232,6 +232,8 @@ def _kernel(
         y = torch.ops.deepops.batch_norm_act_eval.default(
             x, residual, weight, bias, mean, torch.rsqrt(var + eps), activation, negative_slope
         )
+    if training and not torch.compiler.is_compiling():
+        _count_writes(running_mean, running_var, num_batches_tracked)
     if training and running_mean is not None and mean is not None:
         if shift is not None:
             _shift_running_mean(mean, shift, momentum, num_batches_tracked)
@@ -285,6 +287,11 @@ def _plain(
         if shift.requires_grad and torch.is_grad_enabled():
             y = y + shift[:0].sum().to(y.dtype)  # a sum of nothing, so that the gradient of shift is 0 and not None
     return y
+
+
+def _count_writes(*written: Tensor | None) -> None:
+    """Count the op's in-place writes as torch's own operations do; caches and autograd's checks look at it."""
+    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 def _shift_running_mean(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepops import functional
+from deepops._checks import check_convolution, check_data
 from deepops._explain import kernel_note
 from deepops.nn._activation import Activation, as_activation
+from deepops.nn._folding import FoldedWeights, folded_forward, folds
 from deepops.nn.batch_norm_act import batch_norm_state
 from deepops.reference.batch_norm_act import activation as apply_activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ConvBNAct2d(nn.Module):
@@ -66,6 +71,7 @@ class ConvBNAct2d(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
+        self._folded = FoldedWeights()
         self._activation = as_activation(activation, negative_slope, approximate)
         self.conv = nn.Conv2d(
             in_channels,
@@ -106,6 +112,7 @@ class ConvBNAct2d(nn.Module):
             raise ValueError(f"bn: expected {conv.out_channels} features, the channels of conv, got {bn.num_features}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        layer._folded = FoldedWeights()
         layer._activation = as_activation(activation, 0.01, "none")
         layer.conv, layer.bn = conv, bn
         layer.training = bn.training
@@ -122,12 +129,17 @@ class ConvBNAct2d(nn.Module):
             return self._plain(x, residual)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(bn, nn.BatchNorm2d)
-        name, negative_slope, approximate = self._activation
-        mean, var, counter, training, momentum = batch_norm_state(bn)
+        check_data("x", x)
         padding: Any = conv.padding
         if conv.padding_mode != "zeros":
+            check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=True)
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-            padding = 0
+            padding = (0, 0)
+        if residual is None and not bn.training and folds(x, conv, bn):
+            check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=False)
+            return folded_forward(x, *self._folded.get(conv, bn), conv, padding, self._activation)
+        name, negative_slope, approximate = self._activation
+        mean, var, counter, training, momentum = batch_norm_state(bn)
         return functional.conv_bn_act(
             x,
             conv.weight,
@@ -153,6 +165,11 @@ class ConvBNAct2d(nn.Module):
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y: Tensor = self.bn(self.conv(x))
         return apply_activation(y if residual is None else y + residual, *self._activation)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; also drops the weights folded for evaluation."""
+        self._folded.drop()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """The activation; the submodules show the rest."""
