@@ -23,4 +23,10 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor invstd, bool training, str activation, float negative_slope, bool need_x, bool need_residual, bool "
       "need_affine) -> "
       "(Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+  // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
+  // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
+  m.def(
+      "adam(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1, float beta2, "
+      "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay) -> ()");
 }

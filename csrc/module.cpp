@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "optim/table.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -36,6 +38,7 @@ void attach_ops(const std::string& path) {
   find(library, "deepops_best_cpu_isa", ops.best_cpu_isa);
   find(library, "deepops_set_cpu_isa", ops.set_cpu_isa);
   find(library, "deepops_parallel_regions", ops.parallel_regions);
+  deepops::optim::attach(library);
 }
 
 const OpsLibrary& attached() {
@@ -74,5 +77,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_isa", [] { return kIsaNames[attached().cpu_isa()]; }, "The instruction set the CPU kernels use now.");
   m.def("cpu_isas", &cpu_isas, "The instruction sets this machine can run, weakest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Use this instruction set; for tests.");
+  deepops::optim::bind(m);
   m.def("parallel_regions", [] { return attached().parallel_regions(); }, "Parallel regions entered so far.");
 }

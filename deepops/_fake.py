@@ -62,8 +62,29 @@ def _batch_norm_act_backward(
     return data(need_x), data(need_residual), affine(), affine()
 
 
+def _adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+) -> None:
+    """It changes its arguments and returns nothing."""
+
+
 def register() -> None:
     """Register the functions above. Called once, after the ops were loaded."""
     torch.library.register_fake("deepops::batch_norm_act_train", _batch_norm_act_train)
     torch.library.register_fake("deepops::batch_norm_act_eval", _batch_norm_act_eval)
     torch.library.register_fake("deepops::batch_norm_act_backward", _batch_norm_act_backward)
+    torch.library.register_fake("deepops::adam", _adam)

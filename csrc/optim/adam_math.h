@@ -1,0 +1,43 @@
+// One Adam update of one element: the formula that every backend compiles.
+//
+// The order of operations is that of torch.optim._single_tensor_adam and of ATen's fused CPU kernel
+// (torch/optim/adam.py, aten/src/ATen/native/cpu/FusedAdamKernel.cpp), after Kingma and Ba, "Adam: A Method for
+// Stochastic Optimization" (2015); AMSGrad after Reddi et al. (2018); decoupled decay after Loshchilov and Hutter (2019):
+//   p <- p * (1 - lr * decay)             decoupled decay
+//   g <- +-g + decay * p                  L2 decay
+//   m <- lerp(m, g, 1 - beta1)
+//   v <- beta2 * v + (1 - beta2) * g * g
+//   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+// Only additions, multiplications, IEEE division and square root, never contracted: the same bits everywhere.
+#pragma once
+
+#ifndef DEEPOPS_HD
+#define DEEPOPS_HD
+#endif
+
+namespace deepops::DEEPOPS_ISA {
+
+inline DEEPOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
+inline DEEPOPS_HD double square_root(double x) { return __builtin_sqrt(x); }
+
+// AdamScalars in the type the arithmetic is done in.
+template <class T>
+struct AdamFactors {
+  T sign, param_decay, grad_decay, lerp_weight, beta2, one_minus_beta2, bias2_sqrt, eps, minus_step_size;
+  bool lerp_from_grad;
+};
+
+template <bool kGradDecay, bool kAmsgrad, class T>
+inline DEEPOPS_HD void adam_element(T& p, T g, T& m, T& v, T& v_max, const AdamFactors<T>& f) {
+  p = p * f.param_decay;
+  g = g * f.sign;
+  if (kGradDecay) g = g + f.grad_decay * p;
+  // lerp(m, g, w) as ATen has it: m + w (g - m) for w < 1/2, else g + (w - 1) (g - m), exact at both ends.
+  m = (f.lerp_from_grad ? g : m) + f.lerp_weight * (g - m);
+  v = v * f.beta2 + f.one_minus_beta2 * g * g;
+  if (kAmsgrad) v_max = (v_max < v || v != v) ? v : v_max;  // a NaN stays, as in torch.maximum
+  const T denominator = square_root(kAmsgrad ? v_max : v) / f.bias2_sqrt + f.eps;
+  p = p + f.minus_step_size * m / denominator;
+}
+
+}  // namespace deepops::DEEPOPS_ISA

@@ -1,0 +1,88 @@
+// What all optimizers share on the host: how the tensors of a step are divided into work items.
+// Knows nothing of torch, Python or a particular optimizer, so that it is tested alone (tests/test_plan.py).
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "optim/row.h"
+
+namespace deepops::optim {
+
+// Whether a tensor fills its memory without gaps or overlaps (in any order of its dimensions), so that it can be walked
+// as a flat array. Dimensions of size 1 may have any stride.
+inline bool is_dense(int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] > 1) order.push_back(d);
+  }
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const int64_t d : order) {
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Divides many tensors into work items of equal size, whatever the sizes of the tensors.
+//
+// The tensors are laid end to end in one index space, each followed by padding; item i is the interval
+// [i * chunk, (i + 1) * chunk) of it. So a large tensor is split, small ones share an item, and there is no list of
+// chunks to build or store: two numbers per tensor and a binary search per item. A GPU block can search the same way.
+//   padding: up to a multiple of kAlign elements, so that a tensor is only ever split at a multiple of kAlign, and
+//   kOverhead more, which stands for the fixed cost of visiting a tensor: 8000 scalars are not one item.
+class ChunkPlan {
+ public:
+  static constexpr int64_t kAlign = 64;
+  static constexpr int64_t kOverhead = 64;
+
+  ChunkPlan() = default;
+
+  // sizes: elements of each tensor (0: never visited). chunk: elements per item, rounded up to a multiple of kAlign.
+  ChunkPlan(const std::vector<int64_t>& sizes, int64_t chunk) : sizes_(sizes), chunk_(round_up(chunk)) {
+    start_.reserve(sizes.size() + 1);
+    start_.push_back(0);
+    for (const int64_t size : sizes) start_.push_back(start_.back() + (size > 0 ? round_up(size) + kOverhead : 0));
+  }
+
+  int64_t chunk() const { return chunk_; }
+  int64_t items() const { return start_.empty() ? 0 : (start_.back() + chunk_ - 1) / chunk_; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+
+  // Calls body(tensor, begin, end) for every stretch of elements in items [first, last), in order, none empty, none
+  // longer than chunk().
+  template <class Body>
+  void for_each(int64_t first, int64_t last, const Body& body) const {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t lo = item * chunk_, hi = lo + chunk_;
+      // The last tensor that starts at or before lo; empty ones share their start with the one after them.
+      size_t tensor = std::upper_bound(start_.begin(), start_.end() - 1, lo) - start_.begin() - 1;
+      for (; tensor < sizes_.size() && start_[tensor] < hi; ++tensor) {
+        const int64_t begin = std::max<int64_t>(lo - start_[tensor], 0);
+        const int64_t end = std::min(hi - start_[tensor], sizes_[tensor]);
+        if (begin < end) body(static_cast<int64_t>(tensor), begin, end);
+      }
+    }
+  }
+
+ private:
+  static int64_t round_up(int64_t count) { return (std::max<int64_t>(count, 1) + kAlign - 1) / kAlign * kAlign; }
+
+  std::vector<int64_t> sizes_, start_;
+  int64_t chunk_ = kAlign;
+};
+
+// Elements per work item on the CPU: the 4 streams of Adam in fp32, 32 KB each, stay in one core's level-2 cache.
+inline constexpr int64_t kCpuChunk = 8192;
+
+// What one step of any optimizer is given. hyper: one block of doubles per param group, laid out by the optimizer.
+struct StepCall {
+  const Row* rows;  // [row_count]
+  int64_t row_count;
+  const ChunkPlan* plan;  // over the rows; one that is not active has size 0 in it
+  const double* hyper;
+};
+
+}  // namespace deepops::optim

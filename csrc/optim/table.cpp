@@ -1,0 +1,328 @@
+#include "optim/table.h"
+
+#include <dlfcn.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "optim/plan.h"
+#include "optim/tensor_facts.h"
+
+namespace py = pybind11;
+
+namespace deepops::optim {
+namespace {
+
+using StepFunction = void (*)(const StepCall*);
+std::map<std::string, StepFunction> step_functions;
+
+// Everything a step needs that stays the same from one step to the next, and the check that it did.
+//
+// Holds borrowed references only (and gradients, while a step runs): the Python object that owns the table keeps its
+// parameters, states and dictionaries alive, where the garbage collector can see them.
+class StepTable {
+ public:
+  // kernel: "adam", ...; groups: the `params` list of each param group; state: the optimizer's whole state.
+  // entries: for each parameter, in order, (parameter, group, own, names, tensors):
+  //   own      its dictionary in `state`, None: it has no state yet and waits for its first gradient
+  //   names    keys into `own`, the step counter first; None: not for the kernel
+  //   tensors  own[name] for each name; the parameter and these were found fit for the kernel
+  StepTable(const std::string& kernel, py::handle tensor_type, py::tuple groups, py::dict state, py::tuple entries)
+      : reader_(tensor_type), grad_name_(PyUnicode_InternFromString("grad")) {
+    const auto found = step_functions.find(kernel);
+    if (found == step_functions.end()) throw std::invalid_argument("kernel: there is no '" + kernel + "'");
+    run_ = found->second;
+    for (py::handle params : groups) {
+      groups_.emplace_back();
+      for (py::handle param : params) groups_.back().push_back(param.ptr());
+    }
+    for (const auto& [key, value] : state) state_.emplace_back(key.ptr(), value.ptr());
+    entries_.reserve(entries.size());
+    for (py::handle entry : entries) add(entry);
+    sizes_.assign(rows_.size(), 0);
+    grads_.assign(rows_.size(), nullptr);
+  }
+  StepTable(const StepTable&) = delete;
+  ~StepTable() {
+    release();
+    Py_DECREF(grad_name_);
+  }
+
+  // Takes over the gradients of this step. None: something changed, the table is of no use any more. Otherwise the
+  // entries that have a gradient the kernel cannot take as it is; they are left out unless set_grad() is called.
+  py::object collect(py::handle groups, py::handle state) {
+    release();
+    if (!same_groups(groups) || !same_state(state)) return py::none();
+    py::list odd;
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (i + kAhead < entries_.size()) prefetch(entries_[i + kAhead]);
+      const Entry& entry = entries_[i];
+      if (Py_TYPE(entry.param) != entry.type) return py::none();
+      PyObject* grad = PyObject_GetAttr(entry.param, grad_name_);
+      if (!grad) throw py::error_already_set();
+      const bool has_grad = grad != Py_None;
+      if (has_grad && entry.row >= 0) {
+        grads_[entry.row] = grad;  // kept alive until the step is over
+      } else {
+        Py_DECREF(grad);
+      }
+      if (entry.row < 0) {
+        if (has_grad && entry.waits) return py::none();
+        if (has_grad) odd.append(i);
+        continue;
+      }
+      if (!same_tensors(entry)) return py::none();
+      if (has_grad && !use(entry, grad)) odd.append(i);
+    }
+    return odd;
+  }
+
+  // Gives entry `index` this gradient in place of its own.
+  void set_grad(size_t index, py::object grad) {
+    Entry& entry = entries_.at(index);
+    if (entry.row < 0) throw std::invalid_argument("index: this parameter is not for the kernel");
+    Py_XDECREF(grads_[entry.row]);
+    grads_[entry.row] = grad.inc_ref().ptr();
+    if (!use(entry, grad.ptr())) throw std::invalid_argument("grad: does not have the layout of its parameter");
+  }
+
+  // Takes the step. hyper: for each group a tuple of numbers. Returns the parameters that were changed.
+  py::list run(py::tuple hyper) {
+    std::vector<double> numbers;
+    for (py::handle group : hyper) {
+      for (py::handle number : py::reinterpret_borrow<py::tuple>(group)) {
+        numbers.push_back(PyFloat_AsDouble(number.ptr()));
+        if (numbers.back() == -1 && PyErr_Occurred()) throw py::error_already_set();
+      }
+    }
+    bool changed = false;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const int64_t size = rows_[i].active ? rows_[i].numel : 0;
+      changed |= sizes_[i] != size;
+      sizes_[i] = size;
+    }
+    if (changed) plan_ = ChunkPlan(sizes_, kCpuChunk);
+    const StepCall call = {rows_.data(), static_cast<int64_t>(rows_.size()), &plan_, numbers.data()};
+    {
+      py::gil_scoped_release release_gil;
+      run_(&call);
+    }
+    py::list params;
+    for (const Entry& entry : entries_) {
+      if (entry.row >= 0 && rows_[entry.row].active) params.append(py::handle(entry.param));
+    }
+    release();
+    return params;
+  }
+
+ private:
+  // A parameter, its step counter or a state tensor.
+  struct Tracked {
+    PyObject* tensor;
+    PyObject* name;    // its key in Entry::own; null: the parameter
+    const void* data;  // where its elements were
+    const void* near;  // an address within torch's own object: worth a prefetch, never read
+  };
+
+  struct Entry {
+    PyObject* param;
+    PyTypeObject* type;
+    PyObject* own = nullptr;  // its state dictionary
+    int row = -1;             // -1: not for the kernel now
+    bool waits = false;       // for its first gradient
+    size_t first = 0;         // in tracked_: the parameter, the step counter, the states
+    size_t count = 0;
+    TensorView view = {};   // of the parameter; sizes and strides are not to be used
+    size_t dimensions = 0;  // in dimensions_: its sizes, then its strides
+  };
+
+  void add(py::handle description) {
+    const auto [param, group, own, names, tensors] =
+        description.cast<std::tuple<py::object, int32_t, py::object, py::object, py::tuple>>();
+    Entry entry;
+    entry.param = param.ptr();
+    entry.type = Py_TYPE(param.ptr());
+    entry.waits = own.is_none() && !names.is_none();
+    if (!own.is_none() && !names.is_none()) {
+      entry.own = own.ptr();
+      entry.row = static_cast<int>(rows_.size());
+      Row row;
+      row.group = group;
+      track(entry, row, names, tensors);
+      rows_.push_back(row);
+    }
+    entries_.push_back(entry);
+  }
+
+  TensorView read(py::handle tensor, py::handle name) {
+    TensorView view;
+    if (!reader_.read(tensor.ptr(), view)) throw std::invalid_argument("tensors: no plain memory");
+    tracked_.push_back({tensor.ptr(), name.ptr(), view.begin(), view.sizes});
+    return view;
+  }
+
+  // Fills in what is known of the tensors of one entry.
+  void track(Entry& entry, Row& row, py::tuple names, py::tuple tensors) {
+    entry.first = tracked_.size();
+    entry.count = 1 + tensors.size();
+    const TensorView param = entry.view = read(entry.param, {});
+    if (!data_type(param, row.dtype) || !is_dense(param.dims, param.sizes, param.strides)) {
+      throw std::invalid_argument("tensors: the parameter has a dtype or strides the kernels do not take");
+    }
+    entry.dimensions = dimensions_.size();
+    dimensions_.insert(dimensions_.end(), param.sizes, param.sizes + param.dims);
+    dimensions_.insert(dimensions_.end(), param.strides, param.strides + param.dims);
+    row.param = param.begin();
+    row.numel = param.numel();
+    row.step = static_cast<float*>(read(tensors[0], names[0]).begin());
+    for (size_t i = 1; i < tensors.size(); ++i) {
+      const TensorView view = read(tensors[i], names[i]);
+      if (!view.same_kind(param) || !view.same_strides(param)) {
+        throw std::invalid_argument("tensors: a state differs from its parameter");
+      }
+      row.state[i - 1] = view.begin();
+    }
+  }
+
+  TensorView param_view(const Entry& entry) const {
+    TensorView view = entry.view;
+    view.sizes = dimensions_.data() + entry.dimensions;
+    view.strides = view.sizes + view.dims;
+    return view;
+  }
+
+  // A step comes after a forward and a backward pass, which have filled the caches with other things; what is read of
+  // torch's objects below lies a few cache lines around these addresses.
+  void prefetch(const Entry& entry) const {
+    __builtin_prefetch(entry.own);
+    for (size_t i = entry.first; i < entry.first + entry.count; ++i) {
+      __builtin_prefetch(tracked_[i].tensor);
+      const char* near = static_cast<const char*>(tracked_[i].near);
+      __builtin_prefetch(near - 64);
+      __builtin_prefetch(near);
+      __builtin_prefetch(near + 64);
+    }
+  }
+
+  bool same_groups(py::handle groups) const {
+    if (static_cast<size_t>(PyList_GET_SIZE(groups.ptr())) != groups_.size()) return false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* params = PyDict_GetItemString(PyList_GET_ITEM(groups.ptr(), g), "params");
+      if (!params || !PyList_Check(params)) return false;
+      if (static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size()) return false;
+      for (size_t i = 0; i < groups_[g].size(); ++i) {
+        if (PyList_GET_ITEM(params, i) != groups_[g][i]) return false;
+      }
+    }
+    return true;
+  }
+
+  bool same_state(py::handle state) const {
+    if (!PyDict_Check(state.ptr()) || static_cast<size_t>(PyDict_GET_SIZE(state.ptr())) != state_.size()) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (size_t i = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++i) {
+      if (key != state_[i].first || value != state_[i].second) return false;
+    }
+    return true;
+  }
+
+  // Whether the parameter and its states are still the same objects on the same memory.
+  bool same_tensors(const Entry& entry) const {
+    const TensorView param = param_view(entry);
+    for (size_t i = entry.first; i < entry.first + entry.count; ++i) {
+      const Tracked& known = tracked_[i];
+      TensorView view;
+      if (known.name && PyDict_GetItemWithError(entry.own, known.name) != known.tensor) return false;
+      if (!reader_.read(known.tensor, view) || view.begin() != known.data) return false;
+      const bool step = i == entry.first + 1;  // on memory of our own, all else cannot change
+      if (!step && (!view.same_kind(param) || !view.same_strides(param))) return false;
+    }
+    return true;
+  }
+
+  // Puts the gradient into the row, if the kernel can take it as it is.
+  bool use(const Entry& entry, PyObject* grad) {
+    const TensorView param = param_view(entry);
+    Row& row = rows_[entry.row];
+    TensorView view;
+    if (Py_TYPE(grad) != reader_.type() || !reader_.read(grad, view)) return false;
+    if (!view.same_kind(param) || !view.same_strides(param)) return false;
+    // Memory of zeros that does not exist; a gradient that is the parameter itself.
+    if (row.numel > 0 && (!view.data || view.begin() == row.param)) return false;
+    // A lazily negated tensor (the imaginary part of a conjugate) has strides of 2: only one element can hide that.
+    if (row.numel == 1 && py::handle(grad).attr("is_neg")().cast<bool>()) return false;
+    row.grad = view.begin();
+    row.active = true;
+    return true;
+  }
+
+  void release() {
+    for (PyObject*& grad : grads_) Py_CLEAR(grad);
+    for (Row& row : rows_) row.active = false;
+  }
+
+  static constexpr size_t kAhead = 2;  // entries
+
+  TensorReader reader_;
+  PyObject* grad_name_;
+  StepFunction run_;
+  std::vector<std::vector<PyObject*>> groups_;
+  std::vector<std::pair<PyObject*, PyObject*>> state_;
+  std::vector<Entry> entries_;
+  std::vector<Tracked> tracked_;
+  std::vector<int64_t> dimensions_;
+  std::vector<Row> rows_;
+  std::vector<PyObject*> grads_;  // by row
+  std::vector<int64_t> sizes_;    // by row, what plan_ was made for
+  ChunkPlan plan_;
+};
+
+using Stretch = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+std::vector<Stretch> stretches(const ChunkPlan& plan, int64_t first, int64_t last) {
+  std::vector<Stretch> result;
+  for (int64_t item = first; item < last; ++item) {
+    plan.for_each(item, item + 1,
+                  [&](int64_t tensor, int64_t begin, int64_t end) { result.emplace_back(item, tensor, begin, end); });
+  }
+  return result;
+}
+
+}  // namespace
+
+void attach(void* library) {
+  for (const char* name : {"adam"}) {
+    const std::string symbol = std::string("deepops_") + name + "_step";
+    const auto function = reinterpret_cast<StepFunction>(dlsym(library, symbol.c_str()));
+    if (!function) throw std::runtime_error("_ops.so lacks the symbol " + symbol);
+    step_functions[name] = function;
+  }
+}
+
+void bind(py::module_& m) {
+  m.def(
+      "is_dense",
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+        return is_dense(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
+      },
+      py::arg("sizes"), py::arg("strides"), "Whether a tensor fills its memory without gaps or overlaps.");
+  py::class_<ChunkPlan>(m, "ChunkPlan", "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
+      .def(py::init<const std::vector<int64_t>&, int64_t>(), py::arg("sizes"), py::arg("chunk") = kCpuChunk)
+      .def_property_readonly("chunk", &ChunkPlan::chunk)
+      .def_property_readonly("items", &ChunkPlan::items)
+      .def("stretches", &stretches, py::arg("first"), py::arg("last"),
+           "(item, tensor, begin, end) for every stretch of elements in items [first, last).");
+  py::class_<StepTable>(m, "StepTable", "The tensors of an optimizer's step (csrc/optim/table.cpp).")
+      .def(py::init<const std::string&, py::handle, py::tuple, py::dict, py::tuple>(), py::arg("kernel"),
+           py::arg("tensor_type"), py::arg("groups"), py::arg("state"), py::arg("entries"))
+      .def("collect", &StepTable::collect, py::arg("groups"), py::arg("state"))
+      .def("set_grad", &StepTable::set_grad, py::arg("index"), py::arg("grad"))
+      .def("run", &StepTable::run, py::arg("hyper"));
+}
+
+}  // namespace deepops::optim
