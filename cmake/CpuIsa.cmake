@@ -23,7 +23,7 @@ function(deepops_add_cpu_kernels source)
     add_library(${object} OBJECT ${source})
     target_include_directories(${object} PRIVATE csrc)
     target_compile_definitions(${object} PRIVATE DEEPOPS_ISA=isa_${isa})
-    target_compile_options(${object} PRIVATE -O3 -Wall -Wextra -Wno-psabi -Wno-uninitialized
+    target_compile_options(${object} PRIVATE -O3 -Wall -Wextra -Wno-psabi -Wno-uninitialized -fopenmp-simd
       -ffp-contract=off -fno-math-errno -fno-trapping-math ${isa_flags_${isa}})
     target_sources(deepops_ops PRIVATE $<TARGET_OBJECTS:${object}>)
   endforeach()

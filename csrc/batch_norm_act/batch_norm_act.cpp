@@ -30,6 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kValuesPerThread = 16384;  // less work than this does not pay for waking a thread
 constexpr int64_t kValuesPerBlock = 8192;    // channels handled together: small ones share a call of a kernel
+constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
 constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
 
 const BatchNormActKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(batch_norm_act_kernels); }
@@ -70,9 +71,11 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
   STD_TORCH_CHECK(contiguous || x.dim() > 2, "batch_norm_act: x must be dense");
   if (x.numel() == 0) return p;
 
+  const int64_t count = p.batch * p.inner;
+  p.exact = count <= kExactBelow;
+  p.flush = p.exact ? 1 : 8;
   const bool channels_adjacent = !contiguous || p.inner == 1;
   p.next_channel = channels_adjacent ? 1 : p.inner;
-  const int64_t count = p.batch * p.inner;
   p.samples = std::min<int64_t>(count, std::size(p.sample_offset));
   for (int64_t i = 0; i < p.samples; ++i) {
     const int64_t at = i * count / p.samples, n = at / p.inner, l = at % p.inner;
@@ -102,7 +105,8 @@ int64_t row_items(const BatchNormActProblem& p) { return p.pieces + (p.tail > 0)
 // A per-channel array in opmath, repeated for every column of the rows view.
 class PerChannel {
  public:
-  PerChannel(const BatchNormActProblem& p) : p_(p), is_double_(p.dtype == DataType::f64) {
+  PerChannel(const BatchNormActProblem& p) : PerChannel(p, p.dtype == DataType::f64) {}
+  PerChannel(const BatchNormActProblem& p, bool is_double) : p_(p), is_double_(is_double) {
     const size_t count = p.planar ? p.channels : p.columns;
     is_double_ ? doubles_.resize(count) : floats_.resize(count);
   }
@@ -292,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   STD_TORCH_CHECK(count > 1, "batch_norm_act_train: more than one value per channel is needed");
   const BatchNormActKernels& kernel = kernels();
   AffineNumbers affine(p);
-  PerChannel shift(p);
+  PerChannel shift(p, p.exact || p.dtype == DataType::f64);
   std::vector<double> shifts(p.channels);
   Sums sums(p);
   BatchNormActForward args{};

@@ -31,6 +31,10 @@ struct BatchNormActProblem {
   // Statistics are summed in pieces that depend on the shape alone, so that no sum depends on the number of threads.
   // planar: `pieces` runs of whole planes per channel; rows: `pieces` blocks of `rows_per_piece` rows (and the tail).
   int64_t pieces, rows_per_piece;
+  // Sums of single-precision terms go to double after `flush` additions; exact: so few values that one rounding of a
+  // term would show, statistics are taken in double from the start.
+  int flush;
+  bool exact;
   // Offsets of samples spread over the values of channel 0; `next_channel` further on lie those of the next one.
   int64_t samples, sample_offset[8], next_channel;
 };
@@ -41,7 +45,7 @@ struct BatchNormActForward {
   const void* residual;  // or null
   void* y;
   const void *mean, *scale, *bias;  // z = (x - mean) * scale + bias
-  const void* shift;                // statistics are taken of x - shift
+  const void* shift;                // statistics are taken of x - shift; double if exact
   double* sums;                     // planar [C][pieces][2], rows [items][2][columns]: of x - shift, of its square
 };
 
@@ -59,7 +63,7 @@ struct BatchNormActBackward {
 // A range of work items. planar: statistics and reductions have channels * pieces items, channel-major; elementwise
 // passes have channels * batch planes, channel-major. rows: `pieces` items, and one more if there is a tail.
 struct BatchNormActKernels {
-  // shift[c] for channels [begin, end): a number near the channel's mean, exact in x's opmath.
+  // shift[c] for channels [begin, end): a number near the channel's mean.
   void (*sample)(const BatchNormActProblem&, const void* x, int64_t begin, int64_t end, double* shift);
   void (*statistics)(const BatchNormActProblem&, const BatchNormActForward&, int64_t begin, int64_t end);
   void (*forward)(const BatchNormActProblem&, const BatchNormActForward&, int64_t begin, int64_t end);

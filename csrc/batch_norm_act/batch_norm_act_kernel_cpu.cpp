@@ -1,8 +1,8 @@
 // CPU kernels of batch_norm_act; compiled once per instruction set, raw pointers only.
 //
 //   statistics   sums of x - shift and of its square            (Chan et al. 1983: a shift near the mean avoids
-//                                                                cancellation); 16 single-precision lanes, each flushed
-//                                                                to double after at most 16 additions
+//                                                                cancellation); in single-precision lanes, each flushed
+//                                                                to double after p.flush additions, or all in double
 //   forward      y = act(z + residual), z = (x - mean) * scale + bias
 //   reduce       sums of g and of g * (x - mean), g = grad_y * act'(z + residual)
 //   backward     grad_x = scale * (g - mean_grad - (x - mean) * slope_grad), grad_residual = g
@@ -22,7 +22,6 @@ using Problem = BatchNormActProblem;
 using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 
-constexpr int kPerFlush = 16;   // additions in single precision before a flush to double
 constexpr int kRowsAtOnce = 4;  // rows of an elementwise pass that share loaded numbers; more would hinder prefetching
 
 enum class Kept { nothing, residual, output };
@@ -44,7 +43,11 @@ template <class S>
 struct Access<Lanes<S>> {
   template <class T>
   static Lanes<S> load(const T* p) {
-    return load_lanes(p);
+    if constexpr (sizeof(S) > sizeof(core::OpMath<T>)) {
+      return widen(load_lanes(p));
+    } else {
+      return load_lanes(p);
+    }
   }
   template <class T>
   static void store(T* p, const Lanes<S>& value) {
@@ -66,7 +69,8 @@ void sample(const Problem& p, const T* x, int64_t begin, int64_t end, double* sh
     for (int64_t c = begin; c < end; ++c) shift[c - begin] += load(first + c * p.next_channel);
   }
   for (int64_t c = begin; c < end; ++c) {
-    const core::OpMath<T> mean = shift[c - begin] / double(p.samples);
+    const double wide = shift[c - begin] / double(p.samples);
+    const double mean = p.exact ? wide : double(core::OpMath<T>(wide));
     shift[c - begin] = mean - mean == 0 ? mean : 0;  // not finite: any value does
   }
 }
@@ -127,7 +131,7 @@ inline int64_t plane_offset(const Problem& p, int64_t n, int64_t channel) {
   return (n * p.channels + channel) * p.inner;
 }
 
-// Two sums in lanes of S, flushed to double after kPerFlush additions.
+// Two sums in lanes of S, flushed to double every now and then.
 template <class S>
 struct PairOfSums {
   Lanes<S> a{S(0)}, b{S(0)};
@@ -144,21 +148,21 @@ struct PairOfSums {
 // add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
 // before it: there only the lanes that are `fresh` count.
 template <class S, class Numbers, class Add>
-void sum_plane(int64_t start, int64_t length, const Numbers& numbers, const Add& add,
+void sum_plane(int64_t start, int64_t length, int flush, const Numbers& numbers, const Add& add,
                const typename Lanes<S>::Mask& fresh, PairOfSums<S>& sums) {
   const int64_t whole = length / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
-    const int64_t room = i + (kPerFlush - sums.pending) * kLanes, stop = room < whole ? room : whole;
+    const int64_t room = i + (flush - sums.pending) * kLanes, stop = room < whole ? room : whole;
     sums.pending += int((stop - i) / kLanes);
     for (; i < stop; i += kLanes) add(numbers, start + i, sums.a, sums.b);
-    if (sums.pending == kPerFlush) sums.flush();
+    if (sums.pending == flush) sums.flush();
   }
   if (whole == length) return;
   Lanes<S> a(S(0)), b(S(0));
   add(numbers, start + length - kLanes, a, b);
   sums.a += select(fresh, a, Lanes<S>(S(0)));
   sums.b += select(fresh, b, Lanes<S>(S(0)));
-  if (++sums.pending == kPerFlush) sums.flush();
+  if (++sums.pending == flush) sums.flush();
 }
 
 template <class S, template <class> class Numbers, class Args, class Add>
@@ -169,7 +173,7 @@ void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, 
     const auto numbers = broadcast(Numbers<S>::at(args, piece.channel));
     PairOfSums<S> sums;
     for (int64_t n = piece.first; n < piece.last; ++n)
-      sum_plane(plane_offset(p, n, piece.channel), p.inner, numbers, add, fresh, sums);
+      sum_plane(plane_offset(p, n, piece.channel), p.inner, p.flush, numbers, add, fresh, sums);
     sums.flush();
     args.sums[2 * item] = sum_of_lanes(sums.total_a);
     args.sums[2 * item + 1] = sum_of_lanes(sums.total_b);
@@ -201,8 +205,8 @@ inline RowPiece row_piece(const Problem& p, int64_t item) {
 
 // Rows go in small groups, columns in tiles of a few vectors, so that the numbers of a tile stay in registers.
 // tile<tiles>(row, count, column) handles one of them.
-template <int group, int tiles, class Tile>
-void for_tiles(const Problem& p, int64_t row, int64_t last, const Tile& tile) {
+template <int tiles, class Tile>
+void for_tiles(const Problem& p, int64_t row, int64_t last, int64_t group, const Tile& tile) {
   for (; row < last; row += group) {
     const int64_t count = last - row < group ? last - row : group;
     int64_t column = 0;
@@ -232,7 +236,7 @@ void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for_tiles<kPerFlush, tiles>(p, piece.first, piece.last, [&]<int width>(int64_t row, int64_t count, int64_t column) {
+    for_tiles<tiles>(p, piece.first, piece.last, p.flush, [&]<int width>(int64_t row, int64_t count, int64_t column) {
       Lanes<S> a[width], b[width];
       Numbers<Lanes<S>> numbers[width];
       load_numbers<S>(args, column, numbers);
@@ -257,14 +261,14 @@ void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for_tiles<kRowsAtOnce, tiles>(p, piece.first, piece.last,
-                                  [&]<int width>(int64_t row, int64_t count, int64_t column) {
-                                    Numbers<Lanes<S>> numbers[width];
-                                    load_numbers<S>(args, column, numbers);
-                                    for (int64_t r = row; r < row + count; ++r)
-                                      _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
-                                          each(numbers[t], r * p.columns + column + t * kLanes);
-                                  });
+    for_tiles<tiles>(p, piece.first, piece.last, kRowsAtOnce,
+                     [&]<int width>(int64_t row, int64_t count, int64_t column) {
+                       Numbers<Lanes<S>> numbers[width];
+                       load_numbers<S>(args, column, numbers);
+                       for (int64_t r = row; r < row + count; ++r)
+                         _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
+                             each(numbers[t], r * p.columns + column + t * kLanes);
+                     });
   }
 }
 
@@ -282,14 +286,13 @@ void for_all(const Problem& p, const Args& args, int64_t begin, int64_t end, con
 
 template <class T>
 void statistics(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
-  using S = core::OpMath<T>;
   const T* x = static_cast<const T*>(args.x);
   const auto add = [=]<class V>(const Shift<V>& shift, int64_t i, V& a, V& b) {
     const V d = Access<V>::load(x + i) - shift.near;
     a += d;
     b += d * d;
   };
-  sum<S, 4, Shift>(p, args, begin, end, add);
+  p.exact ? sum<double, 2, Shift>(p, args, begin, end, add) : sum<core::OpMath<T>, 4, Shift>(p, args, begin, end, add);
 }
 
 template <class T, bool has_residual, class Act>

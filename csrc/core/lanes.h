@@ -251,6 +251,8 @@ inline void store_lanes(core::Half* p, const Lanes<float>& value) {
 
 // ---- sums in double -------------------------------------------------------------------------------------------------
 
+inline double widen(float value) { return value; }
+inline double widen(double value) { return value; }
 inline Lanes<double> widen(const Lanes<double>& value) { return value; }
 // Half `half` of a vector of floats, as doubles.
 template <int half>

@@ -89,10 +89,4 @@ inline Lanes<double> normal_cdf(const Lanes<double>& x) {
 }
 #endif
 
-// 1 / (1 + exp(-x))
-template <class V>
-DEEPOPS_HD V sigmoid(const V& x) {
-  return V(1.0f) / (V(1.0f) + exp(V(0.0f) - x));
-}
-
 }  // namespace deepops::DEEPOPS_ISA

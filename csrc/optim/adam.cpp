@@ -142,6 +142,4 @@ STABLE_TORCH_LIBRARY_IMPL(deepops, CPU, m) { m.impl("adam", TORCH_BOX(&adam)); }
 }  // namespace
 }  // namespace deepops
 
-void deepops_adam_step(const deepops::optim::StepCall* call) {
-  deepops::step(*call);
-}
+void deepops_adam_step(const deepops::optim::StepCall* call) { deepops::step(*call); }

@@ -14,12 +14,12 @@ struct AdamHyper {
 
 // What is the same for all elements of a tensor in one step. Computed in double; a kernel for fp32 arithmetic rounds.
 struct AdamScalars {
-  double sign;             // -1: maximize
-  double param_decay;      // 1 - lr * weight_decay where that is decoupled, else 1
-  double grad_decay;       // weight_decay where it is L2, else 0
-  double lerp_weight;      // 1 - beta1, less 1 where lerp_from_grad
+  double sign;         // -1: maximize
+  double param_decay;  // 1 - lr * weight_decay where that is decoupled, else 1
+  double grad_decay;   // weight_decay where it is L2, else 0
+  double lerp_weight;  // 1 - beta1, less 1 where lerp_from_grad
   double beta2, one_minus_beta2;
-  double bias2_sqrt;       // sqrt(1 - beta2^t)
+  double bias2_sqrt;  // sqrt(1 - beta2^t)
   double eps;
   double minus_step_size;  // -lr / (1 - beta1^t)
   bool lerp_from_grad;     // 1 - beta1 >= 1/2

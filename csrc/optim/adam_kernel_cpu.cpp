@@ -31,7 +31,8 @@ inline void narrow(float x, BFloat16& out) {
 inline float widen(Half x) {
   const int32_t magnitude = x.bits & 0x7fff;
   const uint32_t normal = (static_cast<uint32_t>(magnitude) << 13) + (112u << 23);
-  const uint32_t special = (static_cast<uint32_t>(magnitude) << 13) | 0x7f800000u | (magnitude > 0x7c00 ? 0x400000u : 0u);
+  const uint32_t special =
+      (static_cast<uint32_t>(magnitude) << 13) | 0x7f800000u | (magnitude > 0x7c00 ? 0x400000u : 0u);
   const uint32_t subnormal = as_bits(static_cast<float>(magnitude) * 0x1p-24f);
   const uint32_t value = magnitude >= 0x7c00 ? special : magnitude < 0x0400 ? subnormal : normal;
   return as_float(value | static_cast<uint32_t>(x.bits & 0x8000) << 16);
@@ -91,8 +92,8 @@ void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors
 
 template <class T>
 AdamFactors<T> factors(const AdamScalars& s) {
-  return {T(s.sign),  T(s.param_decay), T(s.grad_decay), T(s.lerp_weight),     T(s.beta2), T(s.one_minus_beta2),
-          T(s.bias2_sqrt), T(s.eps),    T(s.minus_step_size), s.lerp_from_grad};
+  return {T(s.sign),       T(s.param_decay), T(s.grad_decay),      T(s.lerp_weight), T(s.beta2), T(s.one_minus_beta2),
+          T(s.bias2_sqrt), T(s.eps),         T(s.minus_step_size), s.lerp_from_grad};
 }
 
 template <class T>

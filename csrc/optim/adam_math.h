@@ -2,7 +2,8 @@
 //
 // The order of operations is that of torch.optim._single_tensor_adam and of ATen's fused CPU kernel
 // (torch/optim/adam.py, aten/src/ATen/native/cpu/FusedAdamKernel.cpp), after Kingma and Ba, "Adam: A Method for
-// Stochastic Optimization" (2015); AMSGrad after Reddi et al. (2018); decoupled decay after Loshchilov and Hutter (2019):
+// Stochastic Optimization" (2015); AMSGrad after Reddi et al. (2018); decoupled decay after Loshchilov and Hutter
+// (2019):
 //   p <- p * (1 - lr * decay)             decoupled decay
 //   g <- +-g + decay * p                  L2 decay
 //   m <- lerp(m, g, 1 - beta1)

@@ -311,7 +311,8 @@ void bind(py::module_& m) {
         return is_dense(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
       },
       py::arg("sizes"), py::arg("strides"), "Whether a tensor fills its memory without gaps or overlaps.");
-  py::class_<ChunkPlan>(m, "ChunkPlan", "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
+  py::class_<ChunkPlan>(m, "ChunkPlan",
+                        "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
       .def(py::init<const std::vector<int64_t>&, int64_t>(), py::arg("sizes"), py::arg("chunk") = kCpuChunk)
       .def_property_readonly("chunk", &ChunkPlan::chunk)
       .def_property_readonly("items", &ChunkPlan::items)
