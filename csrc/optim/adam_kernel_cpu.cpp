@@ -1,11 +1,8 @@
 // Adam on raw pointers, compiled once per instruction set (cmake/CpuIsa.cmake). Plain loops that the compiler
 // vectorises; fp16 and bf16 are widened to fp32 a block at a time, in the level-1 cache.
+#include "core/lanes.h"
 #include "optim/adam.h"
 #include "optim/adam_math.h"
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace deepops::DEEPOPS_ISA {
 namespace {
@@ -16,74 +13,25 @@ using core::Half;
 using optim::AdamChunk;
 using optim::AdamScalars;
 
-inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t as_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
-
-inline float widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-
-// Round to nearest, ties to even; every NaN becomes 0x7fc0, as in torch.
-inline void narrow(float x, BFloat16& out) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-
-inline float widen(Half x) {
-  const int32_t magnitude = x.bits & 0x7fff;
-  const uint32_t normal = (static_cast<uint32_t>(magnitude) << 13) + (112u << 23);
-  const uint32_t special =
-      (static_cast<uint32_t>(magnitude) << 13) | 0x7f800000u | (magnitude > 0x7c00 ? 0x400000u : 0u);
-  const uint32_t subnormal = as_bits(static_cast<float>(magnitude) * 0x1p-24f);
-  const uint32_t value = magnitude >= 0x7c00 ? special : magnitude < 0x0400 ? subnormal : normal;
-  return as_float(value | static_cast<uint32_t>(x.bits & 0x8000) << 16);
-}
-
-// Round to nearest, ties to even; a NaN stays a NaN: the bits that the F16C instruction gives.
-inline void narrow(float x, Half& out) {
-  const uint32_t bits = as_bits(x);
-  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffff);
-  const int32_t nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-  const int32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Adding 0.5 leaves the subnormal's 10 bits, rounded, at the end of the sum's significand.
-  const int32_t subnormal = static_cast<int32_t>(as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
-  const int32_t finite = magnitude < 0x38800000 ? subnormal : magnitude >= 0x477ff000 ? 0x7c00 : normal;
-  out.bits = static_cast<uint16_t>((magnitude > 0x7f800000 ? nan : finite) | (bits >> 16 & 0x8000));
-}
-
+// to and from: [n]
 template <class T>
 void widen_block(const T* from, float* to, int64_t n) {
   int64_t i = 0;
-#ifdef __F16C__
-  // GCC 12 does not vectorise the conversion by itself.
-  if constexpr (__is_same(T, Half)) {
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    }
-  }
-#endif
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) to[j] = widen(from[j]);
+  for (; i + kLanes <= n; i += kLanes) store_lanes(to + i, load_lanes(from + i));
+  for (; i < n; ++i) to[i] = load(from + i);
 }
 
 template <class T>
 void narrow_block(const float* from, T* to, int64_t n) {
   int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (__is_same(T, Half)) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i packed = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), packed);
-    }
-  }
-#endif
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) narrow(from[j], to[j]);
+  for (; i + kLanes <= n; i += kLanes) store_lanes(to + i, load_lanes(from + i));
+  for (; i < n; ++i) store(to + i, from[i]);
 }
 
 template <bool kGradDecay, bool kAmsgrad, class T>
 void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors<T>& factors) {
   const AdamFactors<T> f = factors;  // a copy no store below can alias, so it stays in registers
-#pragma omp simd
+#pragma GCC ivdep                    // element i of one array meets only element i of the others
   for (int64_t i = 0; i < n; ++i) {
     T unused = 0;
     adam_element<kGradDecay, kAmsgrad>(p[i], g[i], m[i], v[i], kAmsgrad ? v_max[i] : unused, f);

@@ -8,7 +8,7 @@ groups, in one parallel region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -104,7 +104,9 @@ class FusedStep(torch.optim.Optimizer):
             raise RuntimeError("the optimizer's parameters or state changed while step() was reading them")
         if odd:
             self._update_odd(plan, odd)
-        covered = [() if reason else self._hyper(group) for group, (reason, _) in zip(self.param_groups, options)]
+        covered = [
+            () if reason else self._hyper(group) for group, (reason, _) in zip(self.param_groups, options, strict=True)
+        ]
         changed = plan.table.run(tuple(covered))
         # Autograd and modules that cache what they derive from weights must see that these were written to.
         torch.autograd.graph.increment_version(changed)
@@ -141,7 +143,9 @@ class FusedStep(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             fresh = [p for i, p, reason in reasons if i == index and not reason and p.grad is not None]
             self._create_state({**group, "params": [p for p in fresh if not self.state.get(p)]})
-        with_state = [(p, self._state_names(self.param_groups[i])) for i, p, why in reasons if not why and self.state.get(p)]
+        with_state = [
+            (p, self._state_names(self.param_groups[i])) for i, p, why in reasons if not why and self.state.get(p)
+        ]
         self._rehome([(p, self.state[p], names) for p, names in with_state])
         entries = []
         for index, param, reason in reasons:
@@ -165,7 +169,7 @@ class FusedStep(torch.optim.Optimizer):
     def _rehome(states: list[tuple[Tensor, Group, tuple[str, ...]]]) -> None:
         """Move all step counters into one flat buffer that they view, and states into their parameter's strides."""
         steps = torch.tensor([float(state[names[0]]) for _, state, names in states], dtype=torch.float32)
-        for step, (param, state, names) in zip(steps.unbind(0), states):
+        for step, (param, state, names) in zip(steps.unbind(0), states, strict=True):
             state[names[0]] = step
             for name in names[1:]:
                 if not _same_strides(state[name], param):  # e.g. loaded from a model in another memory format
@@ -203,7 +207,7 @@ def _update_outside_graph_impl(optimizer: FusedStep) -> None:
 
 
 # Under torch.compile the step runs as it is, between two graphs; torch's own does so too.
-_update_outside_graph = torch._disable_dynamo(_update_outside_graph_impl)
+_update_outside_graph = torch._disable_dynamo(_update_outside_graph_impl)  # type: ignore[attr-defined]
 
 
 def _tensors(state: Group | None) -> list[Tensor]:
@@ -211,15 +215,13 @@ def _tensors(state: Group | None) -> list[Tensor]:
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:
-    return all(size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride()))
+    return all(size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def _is_like(a: Tensor, b: Tensor) -> bool:
     """Whether ``a`` differs from ``b`` in its strides at most."""
     return (
-        type(a) in _TYPES
-        and a.layout is torch.strided
-        and (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+        type(a) in _TYPES and a.layout is torch.strided and (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
     )
 
 
@@ -247,7 +249,7 @@ def _uncovered_state(param: Tensor, state: Group | None, names: tuple[str, ...])
     step, *others = [state.get(name) for name in names]
     if not isinstance(step, Tensor) or step.numel() != 1:
         return f"its state {names[0]!r} is not a tensor of one element"
-    for name, value in zip(names[1:], others):
+    for name, value in zip(names[1:], others, strict=True):
         if not isinstance(value, Tensor) or not _is_like(value, param):
             return f"its state {name!r} is not a tensor of its dtype, shape and device"
     return ""
@@ -269,6 +271,3 @@ def _sharing(tensors: list[list[Tensor]]) -> set[int]:
         if end > reach:
             reach, owner = end, index
     return shared
-
-
-__all__: Iterable[str] = ["FusedStep"]

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as _torch_adam
+from torch.optim.optimizer import ParamsT
 
 from deepops.optim._base import FusedStep, Group
 
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+_OPTIONS = ("lr", "weight_decay", "eps", *_FLAGS, "foreach", "capturable", "differentiable", "fused")
 
 
 class Adam(FusedStep, torch.optim.Adam):
@@ -58,8 +60,37 @@ class Adam(FusedStep, torch.optim.Adam):
 
     _kernel = "adam"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
         # torch sets this for fused=True, and GradScaler would then leave the unscaling to step(); here it unscales.
         self._step_supports_amp_scaling = False
 
@@ -87,21 +118,14 @@ class Adam(FusedStep, torch.optim.Adam):
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
     def _create_state(self, group: Group) -> None:
-        self._init_group(group, [], [], [], [], [], [])
+        self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
 
     def _torch_update(self, group: Group) -> None:
-        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-        has_complex = self._init_group(group, *lists)
-        beta1, beta2 = group["betas"]
-        options = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable")
-        _torch_adam(
-            *lists,
-            has_complex=has_complex,
-            beta1=beta1,
-            beta2=beta2,
-            fused=group["fused"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            **{name: group[name] for name in options},
-        )
+        # Torch's step() calls the same two functions; it is not called itself, for it runs all hooks once more.
+        lists: Any = ([], [], [], [], [], [])
+        options: dict[str, Any] = {name: value for name, value in group.items() if name in _OPTIONS}
+        options["has_complex"] = self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        options["beta1"], options["beta2"] = group["betas"]
+        for name in ("grad_scale", "found_inf"):
+            options[name] = getattr(self, name, None)
+        _torch_adam(*lists, **options)
