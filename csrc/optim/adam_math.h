@@ -12,14 +12,12 @@
 // Only additions, multiplications, IEEE division and square root, never contracted: the same bits everywhere.
 #pragma once
 
-#ifndef DEEPOPS_HD
-#define DEEPOPS_HD
-#endif
+#include "core/math.h"
 
 namespace deepops::DEEPOPS_ISA {
 
-inline DEEPOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
-inline DEEPOPS_HD double square_root(double x) { return __builtin_sqrt(x); }
+DEEPOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
+DEEPOPS_HD double square_root(double x) { return __builtin_sqrt(x); }
 
 // AdamScalars in the type the arithmetic is done in.
 template <class T>
@@ -29,7 +27,7 @@ struct AdamFactors {
 };
 
 template <bool kGradDecay, bool kAmsgrad, class T>
-inline DEEPOPS_HD void adam_element(T& p, T g, T& m, T& v, T& v_max, const AdamFactors<T>& f) {
+DEEPOPS_HD void adam_element(T& p, T g, T& m, T& v, T& v_max, const AdamFactors<T>& f) {
   p = p * f.param_decay;
   g = g * f.sign;
   if (kGradDecay) g = g + f.grad_decay * p;
