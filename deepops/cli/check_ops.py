@@ -1,0 +1,255 @@
+"""What ``deepops check`` compares: for each op a function that yields results beside stock's and the oracle's.
+
+To add an op, write such a function and one more line in ``CHECKS``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import deepops.functional
+import deepops.nn
+import deepops.optim
+from deepops import reference
+from deepops.testing import to_double
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what an op is checked."""
+
+    device: str
+    dtype: torch.dtype
+    layout: str  # "contiguous" or "channels_last"
+
+    def tensor(self, *shape: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+        """Random normal data of this setting, the same for every device."""
+        data = (scale * torch.randn(shape, generator=generator)).to(self.device, self.dtype)
+        return data.to(memory_format=torch.channels_last) if self.layout == "channels_last" else data
+
+
+class Comparison(NamedTuple):
+    """One result; the tolerance rule pools those of equal ``output``."""
+
+    name: str  # the case: "relu, residual"
+    output: str  # "y", "grad_x", ...
+    actual: Tensor
+    stock: Tensor
+    oracle: Tensor  # float64
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """An op (or one pass of it) and how to check it."""
+
+    op: str
+    kernel: str  # the name in torch.ops.deepops whose presence says that there is a kernel
+    compare: Callable[[Setting], Iterator[Comparison]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    layouts: tuple[str, ...] = ("contiguous", "channels_last")
+
+
+# ---- batch_norm_act --------------------------------------------------------------------------------------------------
+
+_SHAPE = (5, 37, 6, 7)  # 37 channels and 42 positions: full vectors and a rest, on every instruction set
+_ACTIVATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("relu", {}),
+    ("leaky_relu", {"negative_slope": 0.1}),
+    ("leaky_relu", {"negative_slope": -0.1}),
+    ("relu6", {}),
+    ("silu", {}),
+    ("gelu", {}),
+    ("gelu", {"approximate": "tanh"}),
+    ("hardswish", {}),
+    ("identity", {}),
+)
+# Where the derivative jumps. Rounding may put a value on either side, so no gradient is sent there (within _MARGIN).
+_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+_MARGIN = 0.05
+
+
+def _away_from_kinks(grad_y: Tensor, before: Tensor, activation: str) -> Tensor:
+    """``grad_y`` with zeros where ``before``, the activation's input, is close to a jump of its derivative."""
+    for kink in _KINKS.get(activation, ()):
+        grad_y = grad_y.masked_fill((before - kink).abs() < _MARGIN, 0)
+    return grad_y
+
+
+def _stock_batch_norm_act(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, training: bool, **options: Any
+) -> Tensor:
+    """What a user of stock PyTorch writes."""
+    residual, activation = options.pop("residual"), options.pop("activation")
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training)
+    return reference.activation(y if residual is None else y + residual, activation, **options)
+
+
+def _batch_norm_act_inputs(setting: Setting, with_residual: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    statistics = torch.float64 if setting.dtype == torch.float64 else torch.float32
+
+    def per_channel(low: float, high: float) -> Tensor:
+        values = low + (high - low) * torch.rand(_SHAPE[1], generator=generator)
+        return values.to(setting.device, statistics)
+
+    return {
+        "x": setting.tensor(*_SHAPE, generator=generator, scale=2.0) + 1,
+        "running_mean": per_channel(-1, 1),
+        "running_var": per_channel(0.5, 4),
+        "weight": per_channel(0.5, 3),
+        "bias": per_channel(-1, 1),
+        "residual": setting.tensor(*_SHAPE, generator=generator) if with_residual else None,
+    }
+
+
+def _run_batch_norm_act(function: Callable[..., Tensor], inputs: dict[str, Any], grad_y: Tensor, **options: Any) -> Any:
+    """Output, updated statistics and gradients of one implementation, by name."""
+    fresh: dict[str, Any] = {name: None if value is None else value.clone() for name, value in inputs.items()}
+    wanted = [name for name in ("x", "weight", "bias", "residual") if fresh[name] is not None]
+    for name in wanted:
+        fresh[name].requires_grad_()
+    y = function(**fresh, **options)
+    gradients = torch.autograd.grad(y, [fresh[name] for name in wanted], grad_y)
+    results = {"y": y.detach(), "running_mean": fresh["running_mean"], "running_var": fresh["running_var"]}
+    return results | {f"grad_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+
+
+def check_batch_norm_act(training: bool) -> Callable[[Setting], Iterator[Comparison]]:
+    """Forward and backward of every activation, with and without a residual, in training or in evaluation."""
+
+    def compare(setting: Setting) -> Iterator[Comparison]:
+        for with_residual in (False, True):
+            inputs = _batch_norm_act_inputs(setting, with_residual)
+            exact = to_double(inputs)
+            before = reference.batch_norm_act(**to_double(inputs), training=training, activation="identity")
+            noise = setting.tensor(*_SHAPE, generator=torch.Generator().manual_seed(1))
+            for activation, extra in _ACTIVATIONS:
+                options = {"training": training, "activation": activation, **extra}
+                grad_y = _away_from_kinks(noise, before, activation)
+                actual = _run_batch_norm_act(deepops.functional.batch_norm_act, inputs, grad_y, **options)
+                stock = _run_batch_norm_act(_stock_batch_norm_act, inputs, grad_y, **options)
+                oracle = _run_batch_norm_act(reference.batch_norm_act, exact, grad_y.double(), **options)
+                name = ", ".join([activation, *(f"{k}={v}" for k, v in extra.items()), *["residual"] * with_residual])
+                for output in actual:
+                    if training or not output.startswith("running"):
+                        yield Comparison(name, output, actual[output], stock[output], oracle[output])
+
+    return compare
+
+
+# ---- conv_bn_act -----------------------------------------------------------------------------------------------------
+
+
+def check_conv_bn_act(setting: Setting) -> Iterator[Comparison]:
+    """A training step and an evaluation of ConvBNReLU2d beside Conv2d, BatchNorm2d and ReLU; 16 bits by autocast."""
+    for seed in range(3):
+        yield from _conv_bn_act(setting, seed)
+
+
+def _conv_bn_act(setting: Setting, seed: int) -> Iterator[Comparison]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        conv, norm = nn.Conv2d(8, 19, 3, padding=1, bias=False), nn.BatchNorm2d(19)
+    ours = deepops.nn.ConvBNReLU2d(8, 19, 3, padding=1)
+    ours.conv.load_state_dict(conv.state_dict())
+    ours.bn.load_state_dict(norm.state_dict())
+    exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+    models = {
+        "ours": (ours, ours.conv, ours.bn),
+        "stock": (nn.Sequential(conv, norm, nn.ReLU()), conv, norm),
+        "oracle": (nn.Sequential(exact_conv, exact_norm, nn.ReLU()), exact_conv, exact_norm),
+    }
+    for model, _, _ in models.values():
+        model.to(setting.device)
+
+    generator = torch.Generator().manual_seed(seed)
+    # Not centered, as images are not: the running mean is then a number of weight, not what rounding left of zero.
+    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, 8, 9, 10, generator=generator) + 1
+    noise = torch.randn(6, 19, 9, 10, generator=generator).to(setting.device)
+    with torch.no_grad():
+        before = F.batch_norm(exact_conv(x.double()), None, None, training=True)
+    grad_y = _away_from_kinks(noise, before, "relu")
+    results = {name: _conv_step(*layers, x, grad_y, setting.dtype) for name, layers in models.items()}
+    for output in results["oracle"]:
+        yield Comparison(f"seed {seed}", output, *(results[name][output] for name in ("ours", "stock", "oracle")))
+
+
+def _conv_step(
+    model: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, grad_y: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output, gradients and statistics of one training step, then the output in evaluation."""
+    is_oracle = conv.weight.dtype == torch.float64
+    x = (x.double() if is_oracle else x.clone()).requires_grad_()
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32 and not is_oracle)
+    with autocast:
+        y = model.train()(x)
+    gradients = torch.autograd.grad(y, [x, conv.weight, norm.weight, norm.bias], grad_y.to(y.dtype))
+    with autocast, torch.no_grad():
+        y_eval = model.eval()(x)
+    names = ("grad_x", "grad_conv_weight", "grad_weight", "grad_bias")
+    assert norm.running_mean is not None  # the layers above keep statistics
+    assert norm.running_var is not None
+    statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), **statistics, "y_eval": y_eval}
+
+
+# ---- adam ------------------------------------------------------------------------------------------------------------
+
+_SIZES = (1, 7, 64, 1000, 4097)
+_ADAM_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight_decay": 0.1},
+    {"amsgrad": True},
+    {"maximize": True, "betas": (0.8, 0.95)},
+)
+
+
+def check_adam(setting: Setting) -> Iterator[Comparison]:
+    """Three steps of Adam on tensors of several sizes; all of them are compared as one vector."""
+    for options in _ADAM_OPTIONS:
+        generator = torch.Generator().manual_seed(0)
+        start = [setting.tensor(size, generator=generator) for size in _SIZES]
+        gradients = [[_away_from_zero(setting, size, generator) for size in _SIZES] for _ in range(3)]
+        actual = _adam(deepops.optim.Adam, start, gradients, options)
+        stock = _adam(torch.optim.Adam, start, gradients, {**options, "foreach": False})
+        oracle = _adam(torch.optim.Adam, to_double(start), to_double(gradients), {**options, "foreach": False})
+        name = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+        for output in oracle:
+            yield Comparison(name, output, actual[output], stock[output], oracle[output])
+
+
+def _away_from_zero(setting: Setting, size: int, generator: torch.Generator) -> Tensor:
+    """Random gradients whose squares fp16 moments can hold; smaller ones divide by zero in stock's Adam."""
+    gradient = setting.tensor(size, generator=generator)
+    return gradient + torch.where(gradient < 0, -0.5, 0.5).to(gradient.dtype)
+
+
+def _adam(
+    make: Callable[..., Optimizer], start: list[Tensor], gradients: list[list[Tensor]], options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Parameters and moments after one step per entry of ``gradients``."""
+    parameters = [nn.Parameter(value.clone()) for value in start]
+    optimizer = make(parameters, lr=0.01, **options)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    moments = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in optimizer.state[parameters[0]]]
+    results = {name: torch.cat([optimizer.state[p][name] for p in parameters]) for name in moments}
+    return {"parameters": torch.cat([p.detach() for p in parameters]), **results}
+
+
+CHECKS: tuple[OpCheck, ...] = (
+    OpCheck("batch_norm_act train", "batch_norm_act_train", check_batch_norm_act(training=True)),
+    OpCheck("batch_norm_act eval", "batch_norm_act_eval", check_batch_norm_act(training=False)),
+    OpCheck("conv_bn_act", "batch_norm_act_train", check_conv_bn_act),
+    OpCheck("adam", "adam", check_adam, layouts=("contiguous",)),
+)

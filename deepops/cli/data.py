@@ -1,0 +1,172 @@
+"""What ``deepops train --data`` offers: real digits, random images, or files in MNIST's IDX format."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepops.cli.errors import UserError, first_line, require
+
+SIDE = 28  # images are SIDE x SIDE, as the module's CNN expects
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images [N, 1, 28, 28], float32 in [0, 1] (synthetic: normal), and their labels [N], int64 in [0, 10)."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    note: str = ""  # what a reader of the results must know
+
+
+def load_data(source: str, seed: int) -> ImageData:
+    """Load ``digits``, ``synthetic`` or IDX files at a path.
+
+    Args:
+        source: "digits", "synthetic", a folder with IDX files, or the common beginning of their paths.
+        seed: chooses the split (digits) or the images (synthetic).
+
+    Raises:
+        UserError: nothing there, a damaged file, or files that do not belong together.
+    """
+    if source == "digits":
+        return _digits(seed)
+    if source == "synthetic":
+        return _synthetic(seed)
+    return _idx(source)
+
+
+def _resized(images: Tensor) -> Tensor:
+    """[N, height, width] -> [N, 1, 28, 28], bilinear."""
+    images = images.unsqueeze(1)
+    if images.shape[-2:] == (SIDE, SIDE):
+        return images
+    return F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+
+
+def _digits(seed: int) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits (8x8, grey values 0-16), a fifth of each class kept for the test."""
+    require("sklearn")
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
+    digits = load_digits()
+    images = _resized(torch.from_numpy(digits.images).float() / 16)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.2, random_state=seed, stratify=digits.target
+    )
+    return ImageData("digits", images[train], labels[train], images[test], labels[test])
+
+
+def _synthetic(seed: int) -> ImageData:
+    """The course module's random data: 500 images of noise with random labels, and 100 more for the test."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(600, 1, SIDE, SIDE, generator=generator)
+    labels = torch.randint(0, CLASSES, (600,), generator=generator)
+    note = "random images with random labels: the accuracy is meaningless (chance is 10 %)"
+    return ImageData("synthetic", images[:500], labels[:500], images[500:], labels[500:], note)
+
+
+# ---- IDX files: http://yann.lecun.com/exdb/mnist describes the format ------------------------------------------------
+# Big-endian: two zero bytes, the element type (8: unsigned byte), the number of dimensions; the size of each
+# dimension as 32 bits; then the elements.
+
+_FILES = {
+    "train images": "train-images-idx3-ubyte",
+    "train labels": "train-labels-idx1-ubyte",
+    "test images": "t10k-images-idx3-ubyte",
+    "test labels": "t10k-labels-idx1-ubyte",
+}
+_UNSIGNED_BYTE = 8
+_BLOCK = 1 << 20  # bytes per read: a wrong size in a header must not reserve memory
+
+
+def _idx(source: str) -> ImageData:
+    base = Path(source).expanduser()
+    if not base.is_dir() and not base.parent.is_dir():
+        raise UserError(f"--data {source}: no such folder (allowed: digits, synthetic, or the path of IDX files)")
+    paths = {part: _find(source, base, name) for part, name in _FILES.items()}
+    train_images, train_labels = _pair(paths["train images"], paths["train labels"])
+    test_images, test_labels = _pair(paths["test images"], paths["test labels"])
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"{paths['test images']}: images of {_size(test_images)} pixels, but those for training have "
+            f"{_size(train_images)}"
+        )
+    note = "" if tuple(train_images.shape[1:]) == (SIDE, SIDE) else f"resized from {_size(train_images)} pixels"
+    name = base.resolve().name.rstrip("-_.") or "idx"
+    scaled_train, scaled_test = (_resized(images.float() / 255) for images in (train_images, test_images))
+    return ImageData(name, scaled_train, train_labels, scaled_test, test_labels, note)
+
+
+def _size(images: Tensor) -> str:
+    return f"{images.shape[1]}x{images.shape[2]}"
+
+
+def _find(source: str, base: Path, name: str) -> Path:
+    """The file ``name``, plain or gzipped, in the folder ``base`` or with the prefix ``base``."""
+    start = base / name if base.is_dir() else base.with_name(base.name + name)
+    for path in (start, start.with_name(start.name + ".gz")):
+        if path.is_file():
+            return path
+    raise UserError(f"--data {source}: neither {start} nor {start.name}.gz is there")
+
+
+def _pair(image_path: Path, label_path: Path) -> tuple[Tensor, Tensor]:
+    """Images [N, height, width] (uint8) and labels [N] (int64) that belong together."""
+    images, labels = _read_idx(image_path, 3), _read_idx(label_path, 1).long()
+    if images.numel() == 0:
+        raise UserError(f"{image_path}: holds no images")
+    if len(images) != len(labels):
+        raise UserError(f"{label_path}: {len(labels)} labels, but {image_path.name} holds {len(images)} images")
+    if int(labels.max()) >= CLASSES:
+        where = int((labels >= CLASSES).nonzero()[0])
+        raise UserError(f"{label_path}: label {int(labels[where])} at item {where}; allowed are 0 to {CLASSES - 1}")
+    return images, labels
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """The unsigned bytes of one IDX file, in the shape that its header states."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            return _parse_idx(path, file, dimensions)  # type: ignore[arg-type]  # a GzipFile reads as a file does
+    except EOFError as error:
+        raise UserError(f"{path}: truncated gzip file") from error
+    except (OSError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def _parse_idx(path: Path, file: BinaryIO, dimensions: int) -> Tensor:
+    header = file.read(4 + 4 * dimensions)
+    magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
+    if header[:4] != magic:
+        raise UserError(
+            f"{path}: not an IDX file of bytes in {dimensions} dimensions: it starts with "
+            f"{header[:4].hex() or 'nothing'}, not {magic.hex()}"
+        )
+    if len(header) < 4 + 4 * dimensions:
+        raise UserError(f"{path}: truncated: the header ends after {len(header)} bytes")
+    shape = [int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    expected = 1
+    for size in shape:
+        expected *= size
+    data = bytearray()
+    while len(data) <= expected and (block := file.read(min(_BLOCK, expected + 1 - len(data)))):
+        data += block
+    if len(data) != expected:
+        what = f"truncated: {len(data)} bytes of data" if len(data) < expected else "longer than its header says: more"
+        raise UserError(f"{path}: {what}, the header promises {' x '.join(map(str, shape))} = {expected}")
+    return torch.frombuffer(data, dtype=torch.uint8).reshape(shape) if data else torch.empty(shape, dtype=torch.uint8)

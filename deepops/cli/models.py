@@ -1,0 +1,107 @@
+"""What ``deepops train`` can train: each model and optimizer once in stock PyTorch and once with deepops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deepops.nn
+import deepops.nn.convert
+import deepops.optim
+
+
+class StockCNN(nn.Module):
+    """The course module's CNN in plain PyTorch: [N, 1, 28, 28] -> [N, 10]."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        """``num_classes``: how many classes to tell apart."""
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, kernel_size=3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+            nn.Conv2d(32, 64, kernel_size=3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(64 * 7 * 7, 128),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [N, 10] of the images ``x`` [N, 1, 28, 28]."""
+        x = self.features(x)
+        return self.classifier(torch.flatten(x, 1))  # type: ignore[no-any-return]
+
+
+class DeepopsCNN(StockCNN):
+    """The same network: convolution, BatchNorm and ReLU of each block are one deepops layer."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        """``num_classes``: how many classes to tell apart."""
+        super().__init__(num_classes)
+        self.features = nn.Sequential(
+            deepops.nn.ConvBNReLU2d(1, 32, kernel_size=3, padding=1, bias=True),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+            deepops.nn.ConvBNReLU2d(32, 64, kernel_size=3, padding=1, bias=True),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+        )
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """One network, built with stock layers and with those of deepops."""
+
+    stock: Callable[[], nn.Module]
+    deepops: Callable[[], nn.Module]
+    note: str = ""  # what a reader of the comparison must know
+
+
+@dataclass(frozen=True)
+class OptimizerPair:
+    """One update rule: torch's class, the class of deepops, and the arguments both get."""
+
+    stock: Callable[..., torch.optim.Optimizer]
+    deepops: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, side: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of one side ("stock" or "deepops")."""
+        make = self.stock if side == "stock" else self.deepops
+        return make(parameters, **self.options)
+
+
+# A later model or optimizer is one more line here.
+MODELS = {
+    "cnn": ModelPair(
+        StockCNN,
+        DeepopsCNN,
+        note="the block's output, which the fused layer itself need not keep, is kept by the max-pooling after it",
+    )
+}
+OPTIMIZERS = {
+    "adam": OptimizerPair(torch.optim.Adam, deepops.optim.Adam, {"lr": 1e-3, "weight_decay": 1e-4}),
+}
+
+
+def build_pair(name: str, seed: int) -> dict[str, nn.Module]:
+    """Both versions of a model, on the CPU, with the same weights: the stock one's, as ``seed`` draws them."""
+    torch.manual_seed(seed)
+    stock, fused = MODELS[name].stock(), MODELS[name].deepops()
+    fused.load_state_dict(deepops.nn.convert.map_state_dict(stock.state_dict(), stock, fused))
+    return {"stock": stock, "deepops": fused}
+
+
+def stock_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers of a trained model, on the CPU, under the names of its plain PyTorch version."""
+    state = deepops.nn.convert.map_state_dict(model.state_dict(), model, MODELS[name].stock())
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
