@@ -229,11 +229,15 @@ def test_absent_buffers(momentum, absent):
     pools = Pools()
     pools.add(case, True)
     pools.check()
-    if absent == "counter" and momentum is None:
-        updated = case.clone()
-        op_train(updated)
-        assert torch.equal(updated.running_mean, case.running_mean)
-        assert torch.equal(updated.running_var, case.running_var)
+
+
+def test_cumulative_average_without_a_counter_learns_nothing():
+    """As torch.nn.BatchNorm2d(momentum=None) whose counter was taken away."""
+    case = replace(make_case((4, 25, 3, 3), momentum=None), num_batches_tracked=None)
+    updated = case.clone()
+    op_train(updated)
+    assert torch.equal(updated.running_mean, case.running_mean)
+    assert torch.equal(updated.running_var, case.running_var)
 
 
 def test_evaluation_changes_no_statistic():
