@@ -1,0 +1,85 @@
+"""Every op of the ``deepops`` namespace is complete: kernel, fake, reference, tests, benchmark."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepops import functional, optim
+from deepops._library import has_kernel
+
+ROOT = Path(__file__).parent.parent
+# Importing these registers the fakes.
+assert functional
+assert optim
+
+
+def schemas() -> dict[str, torch._C.FunctionSchema]:
+    """Schemas by op name. Ops that begin with an underscore are private: a step of the public op of their file."""
+    names = {schema.name.removeprefix("deepops::"): schema for schema in torch._C._jit_get_all_schemas()
+             if schema.name.startswith("deepops::")}  # fmt: skip
+    return {name: schema for name, schema in sorted(names.items()) if not name.startswith("_")}
+
+
+def family(op: str) -> str:
+    """The longest kernel file name that ``op`` is or begins with: batch_norm_act for batch_norm_act_train."""
+    stems = [path.stem for path in (ROOT / "csrc").glob("*/*_kernel_cpu.cpp")]
+    families = [stem.removesuffix("_kernel_cpu") for stem in stems]
+    return max((f for f in families if op == f or op.startswith(f + "_")), key=len, default="")
+
+
+def missing(op: str) -> list[str]:
+    """What ``op`` lacks."""
+    stem = family(op)
+    if not stem:
+        return [f"csrc/<folder>/<family>_kernel_cpu.cpp whose name begins {op}"]
+    lacks = [] if has_kernel(op, "cpu") else ["a CPU kernel"]
+    lacks += [] if has_kernel(op, "meta") else ["a fake (torch.library.register_fake)"]
+    for pattern in (f"deepops/reference/{stem}.py", f"tests/test_{stem}*.py", f"benchmarks/bench_{stem}.py"):
+        lacks += [] if list(ROOT.glob(pattern)) else [pattern]
+    if not any(re.search(rf"\b{op}\b", path.read_text()) for path in (ROOT / "tests").glob("*.py")):
+        lacks.append("a test that names it")
+    return lacks
+
+
+def test_the_schemas_of_library_cpp_are_registered():
+    text = re.sub(r'"\s*"', "", (ROOT / "csrc/library.cpp").read_text())
+    written = set(re.findall(r'm\.def\(\s*"(\w+)\(', text))
+    assert {"batch_norm_act_train", "batch_norm_act_eval", "batch_norm_act_backward"} <= written
+    assert {name for name in written if not name.startswith("_")} == set(schemas())
+
+
+@pytest.mark.parametrize("op", schemas())
+def test_every_op_is_complete(op):
+    assert not missing(op), f"{op} lacks: {', '.join(missing(op))}"
+
+
+def test_an_incomplete_op_is_noticed():
+    library = torch.library.Library("deepops", "FRAGMENT")
+    library.define("batch_norm_act_forgotten(Tensor x) -> Tensor")
+    try:
+        lacks = missing("batch_norm_act_forgotten")
+        assert "a CPU kernel" in lacks
+        assert "a fake (torch.library.register_fake)" in lacks
+        assert missing("nowhere_to_be_found")
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deepops/reference").glob("*.py")), ids=lambda path: path.name)
+def test_references_do_not_call_the_ops(path):
+    """They are the oracle: independent of what they judge."""
+    text = path.read_text()
+    assert "torch.ops" not in text
+    assert "deepops.functional" not in text
+    assert not re.search(r"from deepops(\.(?!reference)| import (?!reference))", text)
+
+
+@pytest.mark.parametrize("op", schemas())
+def test_tensors_come_before_options(op):
+    """The convention of library.cpp, which callers rely on when they pass by position."""
+    tensor_like = [("Tensor" in str(argument.type)) for argument in schemas()[op].arguments]
+    assert tensor_like == sorted(tensor_like, reverse=True)
