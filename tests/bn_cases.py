@@ -262,6 +262,19 @@ class Pools:
             pool = self.pools.setdefault(key, ErrorPool())
             pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scales.get(key))
 
+    def anchor(self, case: Case, training: bool) -> None:
+        """Let stock's errors on ``case`` count, a case big enough that they are no accident."""
+        with use_threads(1):
+            oracle, stock, scales = (
+                oracle_results(case, training),
+                stock_results(case, training),
+                gradient_scales(case, training),
+            )
+            for key, expected in oracle.items():
+                if expected.is_floating_point():
+                    pool = self.pools.setdefault(key, ErrorPool())
+                    pool.add(stock[key], stock[key], expected, name=f"anchor {key}", scale=scales.get(key))
+
     def check(self) -> None:
         for pool in self.pools.values():
             pool.check()

@@ -23,8 +23,7 @@ from bn_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import deepops.functional
-from deepops import testing
+from deepops import functional, testing
 from deepops._library import has_kernel
 
 each_layout = pytest.mark.parametrize(
@@ -36,6 +35,7 @@ OPS = ["batch_norm_act_train", "batch_norm_act_eval", "batch_norm_act_backward"]
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_registered(op, device):
     """No kernel, no test: everything else here would only fail less clearly."""
+    assert functional.batch_norm_act  # importing it registers the fakes, which opcheck needs
     assert has_kernel(op, device)
 
 
@@ -213,9 +213,7 @@ shapes = st.integers(2, 5).flatmap(
 )
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=shapes,
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -228,7 +226,7 @@ shapes = st.integers(2, 5).flatmap(
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(shape, dtype, last, activation, residual, affine, training, mean, seed):
-    """Compare with the oracle; three draws of the same shape share stock's error."""
+    """Compare with the oracle; stock's error is taken from larger cases with the same options, too."""
     if training and math.prod(shape) == shape[1]:
         return  # one value per channel
     torch.manual_seed(seed)
@@ -237,8 +235,8 @@ def test_any_shape(shape, dtype, last, activation, residual, affine, training, m
         memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     pools = Pools()
     options = {"activation": activation, "residual": residual, "affine": affine, "training": training, "mean": mean}
-    # The anchor, big enough that stock's largest error is no accident.
-    pools.add(make_case((32, 48, 8), dtype, **options), training, "anchor")
+    for _ in range(2):
+        pools.anchor(make_case((16, 96, 9), dtype, **options), training)
     for _ in range(2):
         pools.add(make_case(shape, dtype, memory_format, **options), training, f"{list(shape)}")
     pools.check()
