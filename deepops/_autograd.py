@@ -28,6 +28,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def inverse_std(var: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(var + eps)``, rounded once: every gradient is proportional to it."""
+    return torch.rsqrt(var.double() + eps).to(var.dtype)
+
+
 def _channels_innermost(x: Tensor) -> bool:
     """Whether a sliced or offset ``x`` steps like channels_last: channels closest together, then the last dimension."""
     strides = x.stride()
@@ -72,7 +77,7 @@ class BatchNormAct(torch.autograd.Function):
             assert running_mean is not None
             assert running_var is not None
             # A copy: a training step between this forward and its backward would change the statistics.
-            mean, invstd = running_mean.clone(), torch.rsqrt(running_var + eps)
+            mean, invstd = running_mean.clone(), inverse_std(running_var, eps)
             y = torch.ops.deepops.batch_norm_act_eval.default(
                 x, residual, weight, bias, mean, invstd, activation, negative_slope
             )

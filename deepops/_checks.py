@@ -20,6 +20,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is; devices without autocast (``meta``) have it off."""
+    device = x.device.type
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+
+
 def check_data(name: str, value: object) -> None:
     """Raise unless ``value`` is a dense floating-point tensor; ``name`` is the argument's."""
     if not isinstance(value, Tensor):

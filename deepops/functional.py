@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deepops import _fake, reference
-from deepops._autograd import BatchNormAct, memory_format_of
+from deepops._autograd import BatchNormAct, inverse_std, memory_format_of
 from deepops._checks import (
+    autocast_enabled,
     check_activation,
     check_batch_norm,
     check_convolution,
@@ -139,7 +140,7 @@ def conv_bn_act(
     """
     check_data("x", x)
     check_activation(activation, approximate)
-    check_convolution(x, conv_weight, conv_bias, groups, torch.is_autocast_enabled(x.device.type))
+    check_convolution(x, conv_weight, conv_bias, groups, autocast_enabled(x))
     y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
     check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
     if residual is not None:
@@ -173,7 +174,7 @@ def _batch_norm_act(
 ) -> Tensor:
     """``batch_norm_act`` of ``x + shift`` with checked arguments. ``shift`` (``[C]``): only with ``training``."""
     if residual is not None and residual.dtype is not x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_enabled(x):
             raise TypeError(f"residual: expected {x.dtype}, the dtype of x, got {residual.dtype}")
         # Under autocast the sum has the wider dtype, as with torch's own modules.
         wide = torch.promote_types(residual.dtype, x.dtype)
@@ -230,7 +231,7 @@ def _kernel(
     else:
         assert var is not None
         y = torch.ops.deepops.batch_norm_act_eval.default(
-            x, residual, weight, bias, mean, torch.rsqrt(var + eps), activation, negative_slope
+            x, residual, weight, bias, mean, inverse_std(var, eps), activation, negative_slope
         )
     if training and not torch.compiler.is_compiling():
         _count_writes(running_mean, running_var, num_batches_tracked)

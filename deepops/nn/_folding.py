@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepops._checks import check_per_channel
+from deepops._checks import autocast_enabled, check_per_channel
 from deepops._convolution import pad_explicitly
 from deepops.nn._activation import Activation
 from deepops.reference import activation as apply_activation
@@ -90,7 +90,7 @@ def folds(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
     """Whether this evaluation may run as one convolution: running statistics, no gradient, one dtype, eager."""
     if bn.training or bn.running_mean is None or bn.running_var is None or torch.compiler.is_compiling():
         return False
-    if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or autocast_enabled(x):
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False

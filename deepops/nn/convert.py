@@ -59,6 +59,9 @@ def _corresponding_names(
         if not below:
             raise ValueError(f"rename: source has no entries below {old!r}")
         names.update({name: new + name[len(old) :] for name in below})
+    for name in names.values():
+        if name not in target:
+            raise ValueError(f"rename: target has no entry {name!r}")
     renamed = set(names.values())
     rest_of_source = [name for name in source if name not in names]
     rest_of_target = [name for name in target if name not in renamed]
@@ -68,8 +71,6 @@ def _corresponding_names(
         )
     names.update(zip(rest_of_source, rest_of_target, strict=True))
     for old, new in names.items():
-        if new not in target:
-            raise ValueError(f"rename: target has no entry {new!r}")
         shapes = [tuple(entry.shape) if isinstance(entry, Tensor) else None for entry in (source[old], target[new])]
         if old.rpartition(".")[2] != new.rpartition(".")[2] or shapes[0] != shapes[1]:
             raise ValueError(f"target: {new} {shapes[1]} does not correspond to source's {old} {shapes[0]}")
