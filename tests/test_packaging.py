@@ -114,10 +114,18 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that ``pip install --no-build-isolation`` makes of the sdist: so the sdist has all a build needs."""
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in the sdist. Installs build there, so it has all a build needs; the second one compiles little."""
+    place = tmp_path_factory.mktemp("unpacked")
+    shutil.unpack_archive(sdist, place)
+    return place / sdist.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that ``pip install --no-build-isolation`` makes."""
     place = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", place, sdist, cwd=place)
+    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", place, unpacked, cwd=place)
     (archive,) = place.glob("*.whl")
     return archive
 
@@ -175,27 +183,28 @@ def test_import_from_install(
     environment: Callable[..., Environment],
     tmp_path: Path,
     version: str,
-    request: pytest.FixtureRequest,
+    unpacked: Path,
+    wheel: Path,
 ) -> None:
     place = environment()
     if kind == "wheel":
-        place.pip("install", "--no-deps", request.getfixturevalue("wheel"), cwd=tmp_path)
+        place.pip("install", "--no-deps", wheel, cwd=tmp_path)
     elif kind == "editable":
-        place.pip("install", "--no-build-isolation", "--no-deps", "-e", copy_of_tree(tmp_path), cwd=tmp_path)
+        place.pip("install", "--no-build-isolation", "--no-deps", "-e", unpacked, cwd=tmp_path)
     else:
-        place.pip("install", copy_of_tree(tmp_path), cwd=tmp_path)
+        place.pip("install", unpacked, cwd=tmp_path)
     facts = place.probe(tmp_path)
     assert (facts["version"], facts["metadata"], facts["missing"]) == (version, version, [])
     assert facts["schema"].startswith("deepops::batch_norm_act_train(")
-    home = tmp_path / "source" if kind == "editable" else tmp_path / "venv"
+    home = unpacked if kind == "editable" else tmp_path / "venv"
     assert Path(facts["file"]).is_relative_to(home)
     assert (place.python.parent / "deepops").exists()
 
 
 def test_missing_requirement_stops_pip_with_one_clear_line(
-    environment: Callable[..., Environment], tmp_path: Path
+    environment: Callable[..., Environment], tmp_path: Path, unpacked: Path
 ) -> None:
-    arguments = ("install", "--no-build-isolation", "--no-deps", copy_of_tree(tmp_path))
+    arguments = ("install", "--no-build-isolation", "--no-deps", unpacked)
     output = environment("pybind11").pip(*arguments, cwd=tmp_path, fails=True)
     lines = [line.strip() for line in output.splitlines() if "deepops: cannot build" in line]
     assert lines == ["deepops: cannot build, missing: the Python package pybind11; see 'Install' in README.md"], output
