@@ -17,6 +17,7 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # two pips in one environment get in each other's way
 .PHONY: help train test bench lint format wheel compat clean
 
 help: ## list the targets

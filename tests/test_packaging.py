@@ -278,3 +278,35 @@ def test_import_brings_in_nothing_but_deepops() -> None:
     assert not foreign - {"torch"}
     slow = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.onnx", "torch.distributed", "torch.fx.exp")
     assert not [name for name in new if name.startswith(slow)]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "named"),
+    [
+        (None, "no-such-python; on Debian: apt install python3 python3-venv python3-dev"),
+        ("*version_info*", "Python 3.10 or newer; choose one with PYTHON=..."),
+        ("*ensurepip*", "the venv module of {python}; on Debian: apt install python3-venv"),
+        ("*get_path*", "the headers of {python}; on Debian: apt install python3-dev"),
+        ("c++", "a C++20 compiler; on Debian: apt install g++"),
+    ],
+)
+def test_make_names_what_the_machine_lacks(fails_at: str | None, named: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in {fails_at}) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    venv_place, chosen = tmp_path / "venv", python if fails_at else "no-such-python"
+    compiler = "no-such-compiler" if fails_at == "c++" else "true"
+    output = run(
+        "make",
+        "-C",
+        ROOT,
+        "train",
+        f"VENV={venv_place}",
+        f"PYTHON={chosen}",
+        f"CXX={compiler}",
+        cwd=tmp_path,
+        fails=True,
+    )
+    lines = [line for line in output.splitlines() if not re.match(r"make(\[\d\])?: (Entering|Leaving|\*\*\*)", line)]
+    assert lines == [f"make: missing: {named.format(python=python)}"]
+    assert not venv_place.exists()
