@@ -31,7 +31,7 @@ void narrow_block(const float* from, T* to, int64_t n) {
 template <bool kGradDecay, bool kAmsgrad, class T>
 void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors<T>& factors) {
   const AdamFactors<T> f = factors;  // a copy no store below can alias, so it stays in registers
-#pragma GCC ivdep  // element i of one array meets only element i of the others
+#pragma GCC ivdep                    // element i of one array meets only element i of the others
   for (int64_t i = 0; i < n; ++i) {
     T unused = 0;
     adam_element<kGradDecay, kAmsgrad>(p[i], g[i], m[i], v[i], kAmsgrad ? v_max[i] : unused, f);
