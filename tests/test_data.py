@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from cli_tools import NAMES, idx_bytes, write_idx
 
 from deepops.cli.data import load_data
 from deepops.cli.errors import UserError
-
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def idx_bytes(data: Tensor) -> bytes:
-    """The IDX file of a uint8 tensor."""
-    return struct.pack(f">BBBB{data.dim()}I", 0, 0, 8, data.dim(), *data.shape) + bytes(data.flatten().tolist())
-
-
-def write_idx(folder: Path, *, prefix: str = "", gz: bool = False, side: int = 28) -> None:
-    """Four IDX files, 12 random images to train and 5 to test; the label of image i is i % 10."""
-    generator = torch.Generator().manual_seed(0)
-    for count, names in ((12, NAMES[:2]), (5, NAMES[2:])):
-        images = torch.randint(0, 256, (count, side, side), generator=generator, dtype=torch.uint8)
-        labels = (torch.arange(count) % 10).to(torch.uint8)
-        for name, data in zip(names, (images, labels), strict=True):
-            content = idx_bytes(data)
-            path = folder / f"{prefix}{name}{'.gz' if gz else ''}"
-            path.write_bytes(gzip.compress(content) if gz else content)
 
 
 def test_digits_are_real_images_split_by_class_and_seed() -> None:
