@@ -146,6 +146,18 @@ def test_sizes_around_vector_borders(training, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_work_that_is_cut_into_pieces(dtype, layout):
+    """Large enough for several threads, and for several work items to a channel."""
+    pools = Pools()
+    for shape in [(5, 2, 190, 191), (16, 64, 20, 20), (70, 3, 33, 41), (3, 130, 24, 25)]:
+        for training in (True, False):
+            case = make_case(shape, dtype, FORMATS[layout][1], residual=True, training=training)
+            pools.add(case, training, f"{list(shape)} training={training}")
+    pools.check()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_instruction_set_runs(dtype, layout):
     assert testing.isas()[0] == "baseline"
