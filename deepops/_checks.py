@@ -15,9 +15,13 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
+# Dtype in which the compiled ops take affine parameters and statistics, by that of the data.
+_STATISTICS_DTYPE = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in _FLOATING}
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which the compiled ops take affine parameters and statistics for data of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+    return _STATISTICS_DTYPE[dtype]
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -46,6 +50,14 @@ def check_activation(activation: str, approximate: str) -> None:
 
 def check_per_channel(name: str, value: object, x: Tensor, channels: int) -> None:
     """Raise unless ``value`` is a vector of ``channels`` numbers of a dtype that goes with ``x``, on its device."""
+    if (
+        isinstance(value, Tensor)
+        and value.shape == (channels,)
+        and value.dtype is _STATISTICS_DTYPE[x.dtype]
+        and value.device == x.device
+        and value.layout is torch.strided
+    ):
+        return  # the usual case, in one look
     check_data(name, value)
     assert isinstance(value, Tensor)
     if value.dim() != 1 or value.size(0) != channels:

@@ -28,7 +28,6 @@ from deepops._checks import (
     check_convolution,
     check_data,
     check_residual,
-    statistics_dtype,
 )
 from deepops._convolution import convolution
 from deepops._library import has_kernel
@@ -214,13 +213,15 @@ def _kernel(
     x = x.contiguous(memory_format=layout)
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
-    dtype = statistics_dtype(x.dtype)
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    mean = None if running_mean is None else running_mean.to(dtype)
-    var = None if running_var is None else running_var.to(dtype)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias, shift)
+    mean, var = running_mean, running_var
+    if x.dtype is torch.float16 or x.dtype is torch.bfloat16:  # the vectors may be 16-bit too
+        weight, bias, mean, var = (None if t is None else t.float() for t in (weight, bias, mean, var))
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+        or (shift is not None and shift.requires_grad)
     ):
         affine_and_statistics = (weight, bias, shift, mean, var, num_batches_tracked)
         y = _apply(x, residual, *affine_and_statistics, training, momentum, eps, activation, negative_slope)

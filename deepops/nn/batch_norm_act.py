@@ -83,8 +83,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
             x,
             mean,
             var,
-            self.weight,
-            self.bias,
+            self._parameters["weight"],
+            self._parameters["bias"],
             training,
             momentum,
             self.eps,
@@ -115,12 +115,13 @@ def batch_norm_state(
     and updated in training when they are tracked.
     """
     training = bn.training
-    mean, var = bn.running_mean, bn.running_var
+    buffers = bn._buffers  # a direct look: nn.Module.__getattr__ is slow
+    mean, var = buffers["running_mean"], buffers["running_var"]
     if not training:
         return mean, var, None, mean is None and var is None, bn.momentum
     if not bn.track_running_stats:
         return None, None, None, True, bn.momentum
-    counter = bn.num_batches_tracked
+    counter = buffers["num_batches_tracked"]
     momentum = 0.0 if bn.momentum is None and counter is None else bn.momentum
     return mean, var, counter, True, momentum
 
