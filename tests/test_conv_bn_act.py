@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import deepops
 from deepops._library import has_kernel
 from deepops.nn import BatchNormAct2d, ConvBNAct2d, ConvBNReLU2d
-from deepops.testing import ErrorPool, assert_close_to_oracle, saved_storages, use_threads
+from deepops.testing import ErrorPool, assert_close_to_oracle, make_layouts, saved_storages, use_threads
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +233,41 @@ def test_folded_evaluation(dtype: torch.dtype) -> None:
                 pool.add(ours, theirs, oracle, name=f"{activation} {options}")
     if dtype is not torch.float64:
         pool.check()
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity", "silu"])
+def test_folded_evaluation_with_a_residual(activation: str) -> None:
+    pool = ErrorPool()
+    for seed, (name, options) in enumerate(CONVOLUTIONS.items()):
+        block = make_block(4, 8, **options, activation=activation, seed=seed).eval()
+        stock = Stock(block)
+        wide = copy.deepcopy(stock).double()
+        x = torch.randn(2, 4, 9, 8)
+        with torch.no_grad():
+            for residual in make_layouts(torch.randn_like(block(x))).values():
+                before = residual.clone()
+                ours, theirs, oracle = block(x, residual), stock(x, residual), wide(x.double(), residual.double())
+                assert torch.equal(residual, before)
+                assert ours.stride() == theirs.stride()
+                pool.add(ours, theirs, oracle, name=name)
+            for bad in (torch.randn(1, 8, 1, 1), ours[:, :4], ours[..., 1:]):
+                with pytest.raises(ValueError, match="residual: expected shape"):
+                    block(x, bad)
+            with pytest.raises(TypeError, match=r"residual: expected torch.float32"):
+                block(x, ours.double())
+            with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got int"):
+                block(x, 1)
+            with torch.enable_grad(), pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got int"):
+                block(x, 1)
+    pool.check()
+
+
+def test_input_smaller_than_the_kernel() -> None:
+    """An error like torch's, folded or not."""
+    block = make_block(4, 8, 5, bias=True)
+    for train in (True, False):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            block.train(train)(torch.randn(2, 4, 3, 3))
 
 
 def edit_parameter(block: ConvBNAct2d) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepops._checks import autocast_enabled, check_per_channel
+from deepops._checks import autocast_enabled, check_per_channel, check_residual
 from deepops._convolution import pad_explicitly
 from deepops.nn._activation import Activation
 from deepops.reference import activation as apply_activation
@@ -86,37 +86,67 @@ class FoldedWeights:
         return FoldedWeights, ()
 
 
-def folds(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
-    """Whether this evaluation may run as one convolution: running statistics, no gradient, one dtype, eager."""
+def folds(x: Tensor, residual: Tensor | None, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: Activation) -> bool:
+    """Whether this evaluation may run as one convolution: running statistics, no gradient, one dtype, eager.
+
+    A residual only goes with a post-op that oneDNN has: fp32, and relu or nothing after the sum.
+    """
     if bn.training or bn.running_mean is None or bn.running_var is None or torch.compiler.is_compiling():
         return False
     if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or autocast_enabled(x):
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    tensors = (x, conv.weight, conv.bias, bn.weight, bn.bias)
+    if residual is not None and not (
+        activation.name in ("relu", "identity") and x.dtype is torch.float32 and _has_post_ops(x)
+    ):
+        return False
+    tensors = (x, residual, conv.weight, conv.bias, bn.weight, bn.bias)
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
 def folded_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, padding: Any, activation: Activation
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    conv: nn.Conv2d,
+    padding: Any,
+    activation: Activation,
 ) -> Tensor:
     """One convolution with folded weights, with oneDNN's post-op where it applies."""
     if not _has_post_ops(x):
-        y = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-        return apply_activation(y, *activation)
+        z = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+        return apply_activation(z, *activation)
     if isinstance(padding, str):
         x, padding = pad_explicitly(x, weight, padding, conv.dilation)  # type: ignore[arg-type]
     name, negative_slope, approximate = activation
+    geometry = (padding, conv.stride, conv.dilation, conv.groups)
+    if residual is not None:
+        _check_residual(residual, x, weight, conv, padding)
+        unary = None if name == "identity" else name
+        sum_: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, *geometry, "add", 1.0, unary, [], None
+        )
+        return sum_
     if name == "leaky_relu":
         post_op: tuple[str, list[float], str] = ("leaky_relu", [negative_slope], "")
     else:
         post_op = ("gelu", [], approximate) if name == "gelu" else _POST_OPS[name]
-    y = torch.ops.mkldnn._convolution_pointwise.default(
-        x, weight, bias, padding, conv.stride, conv.dilation, conv.groups, *post_op
-    )
-    result: Tensor = y
-    return result
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, *post_op)
+    return y
+
+
+def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, padding: tuple[int, int]) -> None:
+    """Here the residual goes into the convolution, so that the output's shape must be known before."""
+    spans = [
+        size + 2 * pad - d * (k - 1) - 1
+        for size, pad, d, k in zip(x.shape[2:], padding, conv.dilation, weight.shape[2:], strict=True)
+    ]
+    shape = [x.size(0), weight.size(0), *(span // step + 1 for span, step in zip(spans, conv.stride, strict=True))]
+    check_residual(residual, x, torch.Size(shape))
+    if residual.dtype is not x.dtype:
+        raise TypeError(f"residual: expected {x.dtype}, the dtype of x, got {residual.dtype}")
 
 
 def _has_post_ops(x: Tensor) -> bool:

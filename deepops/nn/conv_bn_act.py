@@ -130,14 +130,16 @@ class ConvBNAct2d(nn.Module):
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(bn, nn.BatchNorm2d)
         check_data("x", x)
+        if residual is not None:
+            check_data("residual", residual)
         padding: Any = conv.padding
         if conv.padding_mode != "zeros":
             check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=True)
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = (0, 0)
-        if residual is None and not bn.training and folds(x, conv, bn):
+        if not bn.training and folds(x, residual, conv, bn, self._activation):
             check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=False)
-            return folded_forward(x, *self._folded.get(conv, bn), conv, padding, self._activation)
+            return folded_forward(x, residual, *self._folded.get(conv, bn), conv, padding, self._activation)
         name, negative_slope, approximate = self._activation
         mean, var, counter, training, momentum = batch_norm_state(bn)
         return functional.conv_bn_act(
