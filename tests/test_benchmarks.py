@@ -1,6 +1,5 @@
 """The benchmark harness: statistics, ratios, interleaving, the CSV and the table. Nothing here asserts a time."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "benchmarks").exists():
     pytest.skip("needs benchmarks/", allow_module_level=True)
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 from benchmarks import harness, run, table  # noqa: E402
 from benchmarks.harness import Case, Sample  # noqa: E402
 

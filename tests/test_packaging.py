@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from deepops._library import binaries
+
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
@@ -216,6 +218,11 @@ def requirements(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py extends it
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     return runpy.run_path(str(ROOT / "setup.py"))["check_requirements"]
+
+
+def test_binaries_are_loaded_here() -> None:
+    """Else every test of a kernel would quietly test the reference path, or be skipped."""
+    assert [name for name, place in binaries().items() if Path(place).is_file()] == ["_ops", "_C"]
 
 
 def test_requirements_are_met_here(requirements: Callable[[], None]) -> None:
