@@ -109,11 +109,6 @@ def summarise(values: Iterable[float]) -> Sample:
     return Sample(statistics.median(ordered), percentile(0.2), percentile(0.8), len(ordered))
 
 
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean that treats 2x and 0.5x as opposites."""
-    return statistics.geometric_mean(ratios)
-
-
 def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
     """Mean time of ``repeats`` calls in a row."""
     start = time.perf_counter()

@@ -10,8 +10,9 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
-from benchmarks.harness import FLOOR, OURS, RESULTS, geometric_mean
+from benchmarks.harness import FLOOR, OURS, RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- benchmarks: begin (written by `make bench`) -->"
