@@ -1,32 +1,23 @@
 // Adam on raw pointers, compiled once per instruction set (cmake/CpuIsa.cmake). Plain loops that the compiler
-// vectorises; fp16 and bf16 are widened to fp32 a block at a time, in the level-1 cache.
+// vectorises, where it can.
 #include "core/lanes.h"
 #include "optim/adam.h"
 #include "optim/adam_math.h"
 
 namespace deepops::DEEPOPS_ISA {
+
+inline Lanes<float> square_root(Lanes<float> x) {
+  constexpr int kParts = Lanes<float>::kParts;
+  DEEPOPS_FOR_PARTS(k) {
+    for (int i = 0; i < Lanes<float>::kPerPart; ++i) x.part[k][i] = square_root(float(x.part[k][i]));
+  }
+  return x;
+}
+
 namespace {
 
-using core::BFloat16;
-using core::DataType;
-using core::Half;
 using optim::AdamChunk;
 using optim::AdamScalars;
-
-// to and from: [n]
-template <class T>
-void widen_block(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_lanes(to + i, load_lanes(from + i));
-  for (; i < n; ++i) to[i] = load(from + i);
-}
-
-template <class T>
-void narrow_block(const float* from, T* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_lanes(to + i, load_lanes(from + i));
-  for (; i < n; ++i) store(to + i, from[i]);
-}
 
 template <bool kGradDecay, bool kAmsgrad, class T>
 void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors<T>& factors) {
@@ -38,58 +29,62 @@ void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors
   }
 }
 
-template <class T>
-AdamFactors<T> factors(const AdamScalars& s) {
-  return {T(s.sign),       T(s.param_decay), T(s.grad_decay),      T(s.lerp_weight), T(s.beta2), T(s.one_minus_beta2),
-          T(s.bias2_sqrt), T(s.eps),         T(s.minus_step_size), s.lerp_from_grad};
+// fp16 and bf16, computed in fp32. GCC vectorises no loop with a conversion from fp16: 16 lanes at a time by hand.
+template <bool kGradDecay, bool kAmsgrad, class T>
+void update_16_bit(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors<float>& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Lanes<float> wide_p = load_lanes(p + i), wide_m = load_lanes(m + i), wide_v = load_lanes(v + i), wide_max;
+    if (kAmsgrad) wide_max = load_lanes(v_max + i);
+    adam_element<kGradDecay, kAmsgrad>(wide_p, load_lanes(g + i), wide_m, wide_v, wide_max, f);
+    store_lanes(p + i, wide_p);
+    store_lanes(m + i, wide_m);
+    store_lanes(v + i, wide_v);
+    if (kAmsgrad) store_lanes(v_max + i, wide_max);
+  }
+  for (; i < n; ++i) {
+    float wide_p = load(p + i), wide_m = load(m + i), wide_v = load(v + i), wide_max = 0;
+    if (kAmsgrad) wide_max = load(v_max + i);
+    adam_element<kGradDecay, kAmsgrad>(wide_p, load(g + i), wide_m, wide_v, wide_max, f);
+    store(p + i, wide_p);
+    store(m + i, wide_m);
+    store(v + i, wide_v);
+    if (kAmsgrad) store(v_max + i, wide_max);
+  }
 }
 
 template <class T>
-void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors<T>& f) {
-  const bool grad_decay = f.grad_decay != 0;
-  if (grad_decay && v_max) return update<true, true>(p, g, m, v, v_max, n, f);
-  if (grad_decay) return update<true, false>(p, g, m, v, v_max, n, f);
-  if (v_max) return update<false, true>(p, g, m, v, v_max, n, f);
-  update<false, false>(p, g, m, v, v_max, n, f);
+AdamFactors<core::OpMath<T>> rounded(const AdamScalars& s) {
+  using C = core::OpMath<T>;
+  return {C(s.sign),       C(s.param_decay), C(s.grad_decay),      C(s.lerp_weight), C(s.beta2), C(s.one_minus_beta2),
+          C(s.bias2_sqrt), C(s.eps),         C(s.minus_step_size), s.lerp_from_grad};
+}
+
+template <bool kGradDecay, bool kAmsgrad, class T>
+void update(const AdamChunk& c, const AdamScalars& scalars) {
+  auto *p = static_cast<T*>(c.p), *m = static_cast<T*>(c.m), *v = static_cast<T*>(c.v),
+       *v_max = static_cast<T*>(c.v_max);
+  const auto* g = static_cast<const T*>(c.g);
+  if constexpr (sizeof(T) == 2) {
+    update_16_bit<kGradDecay, kAmsgrad>(p, g, m, v, v_max, c.n, rounded<T>(scalars));
+  } else {
+    update<kGradDecay, kAmsgrad>(p, g, m, v, v_max, c.n, rounded<T>(scalars));
+  }
 }
 
 template <class T>
-void direct(const AdamChunk& c, const AdamScalars& s) {
-  update(static_cast<T*>(c.p), static_cast<const T*>(c.g), static_cast<T*>(c.m), static_cast<T*>(c.v),
-         static_cast<T*>(c.v_max), c.n, factors<T>(s));
-}
-
-template <class T>
-void through_float(const AdamChunk& c, const AdamScalars& s) {
-  constexpr int64_t kBlock = 512;
-  float p[kBlock], g[kBlock], m[kBlock], v[kBlock], v_max[kBlock];
-  const AdamFactors<float> f = factors<float>(s);
-  for (int64_t begin = 0; begin < c.n; begin += kBlock) {
-    const int64_t n = c.n - begin < kBlock ? c.n - begin : kBlock;
-    T* const stored[] = {static_cast<T*>(c.p) + begin, static_cast<T*>(c.m) + begin, static_cast<T*>(c.v) + begin,
-                         c.v_max ? static_cast<T*>(c.v_max) + begin : nullptr};
-    float* const wide[] = {p, m, v, v_max};
-    const int streams = c.v_max ? 4 : 3;
-    widen_block(static_cast<const T*>(c.g) + begin, g, n);
-    for (int k = 0; k < streams; ++k) widen_block(stored[k], wide[k], n);
-    update(p, g, m, v, c.v_max ? v_max : nullptr, n, f);
-    for (int k = 0; k < streams; ++k) narrow_block(wide[k], stored[k], n);
+void update(const AdamChunk& c, const AdamScalars& s) {
+  if (s.grad_decay != 0) {
+    c.v_max ? update<true, true, T>(c, s) : update<true, false, T>(c, s);
+  } else {
+    c.v_max ? update<false, true, T>(c, s) : update<false, false, T>(c, s);
   }
 }
 
 }  // namespace
 
 void adam_chunk(const AdamChunk& chunk, const AdamScalars& scalars) {
-  switch (chunk.dtype) {
-    case DataType::f32:
-      return direct<float>(chunk, scalars);
-    case DataType::f64:
-      return direct<double>(chunk, scalars);
-    case DataType::f16:
-      return through_float<Half>(chunk, scalars);
-    case DataType::bf16:
-      return through_float<BFloat16>(chunk, scalars);
-  }
+  DEEPOPS_DISPATCH_DTYPE(chunk.dtype, [&]<class T>() { update<T>(chunk, scalars); })
 }
 
 }  // namespace deepops::DEEPOPS_ISA

@@ -26,16 +26,18 @@ struct AdamFactors {
   bool lerp_from_grad;
 };
 
-template <bool kGradDecay, bool kAmsgrad, class T>
-DEEPOPS_HD void adam_element(T& p, T g, T& m, T& v, T& v_max, const AdamFactors<T>& f) {
+// V: T, or 16 of them (Lanes<T>).
+template <bool kGradDecay, bool kAmsgrad, class V, class T>
+DEEPOPS_HD void adam_element(V& p, V g, V& m, V& v, V& v_max, const AdamFactors<T>& f) {
   p = p * f.param_decay;
   g = g * f.sign;
   if (kGradDecay) g = g + f.grad_decay * p;
   // lerp(m, g, w) as ATen has it: m + w (g - m) for w < 1/2, else g + (w - 1) (g - m), exact at both ends.
   m = (f.lerp_from_grad ? g : m) + f.lerp_weight * (g - m);
   v = v * f.beta2 + f.one_minus_beta2 * g * g;
-  if (kAmsgrad) v_max = (v_max < v || v != v) ? v : v_max;  // a NaN stays, as in torch.maximum
-  const T denominator = square_root(kAmsgrad ? v_max : v) / f.bias2_sqrt + f.eps;
+  // torch.maximum: a NaN in either, for which both comparisons are false, stays.
+  if (kAmsgrad) v_max = select(v_max < v, v, select(v <= v_max, v_max, v + v_max));
+  const V denominator = square_root(kAmsgrad ? v_max : v) / f.bias2_sqrt + f.eps;
   p = p + f.minus_step_size * m / denominator;
 }
 
