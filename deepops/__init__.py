@@ -10,18 +10,21 @@ from deepops._library import binaries, version
 if TYPE_CHECKING:
     from deepops import functional as functional
     from deepops import nn as nn
+    from deepops import optim as optim
+    from deepops._build_info import build_info as build_info
     from deepops._explain import explain as explain
 
 __version__ = version()
-__all__ = ["__version__", "binaries", "explain", "functional", "nn"]
+__all__ = ["__version__", "binaries", "build_info", "explain", "functional", "nn", "optim"]
 
 # Imported at first use: `import deepops` stays cheap.
 _SUBMODULES = ("functional", "nn", "optim", "testing", "reference")
+_FUNCTIONS = ("build_info", "explain")  # each lives in a module of its own name, with a leading underscore
 
 
 def __getattr__(name: str) -> Any:
-    if name == "explain":
-        return importlib.import_module("deepops._explain").explain
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"deepops._{name}"), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"deepops.{name}")
     raise AttributeError(f"module 'deepops' has no attribute {name!r}")

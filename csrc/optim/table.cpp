@@ -90,15 +90,10 @@ class StepTable {
     if (!use(entry, grad.ptr())) throw std::invalid_argument("grad: does not have the layout of its parameter");
   }
 
-  // Takes the step. hyper: for each group a tuple of numbers. Returns the parameters that were changed.
+  // Takes the step. hyper: for each group a tuple of numbers, () for one that has nothing for the kernel. Returns the
+  // parameters that were changed.
   py::list run(py::tuple hyper) {
-    std::vector<double> numbers;
-    for (py::handle group : hyper) {
-      for (py::handle number : py::reinterpret_borrow<py::tuple>(group)) {
-        numbers.push_back(PyFloat_AsDouble(number.ptr()));
-        if (numbers.back() == -1 && PyErr_Occurred()) throw py::error_already_set();
-      }
-    }
+    const std::vector<double> numbers = hyper_blocks(hyper);
     bool changed = false;
     for (size_t i = 0; i < rows_.size(); ++i) {
       const int64_t size = rows_[i].active ? rows_[i].numel : 0;
@@ -156,6 +151,23 @@ class StepTable {
       rows_.push_back(row);
     }
     entries_.push_back(entry);
+  }
+
+  // Blocks of equal size, one per group, zeros for ().
+  static std::vector<double> hyper_blocks(py::tuple hyper) {
+    size_t width = 0;
+    for (py::handle group : hyper) width = std::max(width, py::len(group));
+    std::vector<double> numbers(width * hyper.size());
+    double* block = numbers.data();
+    for (py::handle group : hyper) {
+      double* next = block;
+      for (py::handle number : py::reinterpret_borrow<py::tuple>(group)) {
+        *next = PyFloat_AsDouble(number.ptr());
+        if (*next++ == -1 && PyErr_Occurred()) throw py::error_already_set();
+      }
+      block += width;
+    }
+    return numbers;
   }
 
   TensorView read(py::handle tensor, py::handle name) {
