@@ -113,7 +113,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "groups": {"kernel_size": 3, "groups": 2, "bias": True},
     "depthwise": {"kernel_size": 3, "groups": 4, "padding": 1},
     "1x1": {"kernel_size": 1},
-    "same": {"kernel_size": (3, 4), "padding": "same", "bias": True},
+    "same": {"kernel_size": (2, 4), "padding": "same", "bias": True},
     "valid": {"kernel_size": 2, "padding": "valid"},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     "circular": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},

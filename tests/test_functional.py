@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import deepops.functional
-from deepops import reference
+from deepops import _convolution, reference
 from deepops._library import has_kernel
 from deepops.functional import batch_norm_act, conv_bn_act
 from deepops.testing import assert_close_to_oracle, make_layouts, saved_storages, use_threads
@@ -79,7 +79,9 @@ def test_first_and_second_derivative(
     torch.manual_seed(1)
     for memory_format in MEMORY_FORMATS:
         x = (torch.randn(2, 3, 2, 3, dtype=torch.float64) * 2).to(memory_format=memory_format).requires_grad_()
-        inputs = [x, *(torch.rand(3, dtype=torch.float64).add(0.5).requires_grad_() for _ in range(2))]
+        low = 5.0 if activation == "relu6" else 0.5  # relu6: on both sides of 6
+        bias = torch.rand(3, dtype=torch.float64).add(low).requires_grad_()
+        inputs = [x, torch.rand(3, dtype=torch.float64).add(0.5).requires_grad_(), bias]
         if with_residual:
             inputs.append(torch.randn(2, 3, 2, 3, dtype=torch.float64).requires_grad_())
         mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
@@ -107,6 +109,11 @@ def test_first_and_second_derivative(
 
         assert gradcheck(function, inputs)
         assert gradgradcheck(function, inputs)
+        # gradgradcheck sees only the differentiable path: that its gradients are the kernel's is checked here.
+        y = function(*inputs)
+        grad_y = torch.randn_like(y)
+        from_kernel = torch.autograd.grad(y, inputs, grad_y, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(y, inputs, grad_y, create_graph=True), from_kernel)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
@@ -541,6 +548,7 @@ def half_reference(function: Callable[..., Tensor], dtype: torch.dtype, *tensors
     [
         {"padding": 1},
         {"padding": "same", "dilation": 2},
+        {"padding": "same", "kernel": (2, 4)},
         {"padding": "valid"},
         {"stride": 2, "padding": (1, 0)},
         {"groups": 2},
@@ -549,7 +557,9 @@ def half_reference(function: Callable[..., Tensor], dtype: torch.dtype, *tensors
 def test_half_convolution_is_as_accurate_as_torchs(options: dict[str, Any]) -> None:
     torch.manual_seed(6)
     x = torch.randn(2, 4, 8, 8).half()
-    weight = torch.randn(6, 4 // options.get("groups", 1), 3, 3).div(6).half()
+    options = dict(options)
+    kernel = options.pop("kernel", (3, 3))
+    weight = torch.randn(6, 4 // options.get("groups", 1), *kernel).div(6).half()
     bias = torch.randn(6).half()
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -564,6 +574,22 @@ def test_half_convolution_is_as_accurate_as_torchs(options: dict[str, Any]) -> N
     for name, *results in zip(("y", "x.grad", "weight.grad", "bias.grad"), actual, theirs, oracle, strict=True):
         assert results[0].dtype is torch.float16
         assert_close_to_oracle(*results, name=name)
+
+
+@pytest.mark.skipif(_convolution._NATIVE_HALF, reason="this CPU computes in fp16")
+def test_half_convolution_is_computed_in_fp32() -> None:
+    """Which path was taken, seen from the autograd node: results are alike, only the time is not."""
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    x = torch.randn(2, 3, 5, 5)
+
+    def node(x: Tensor, weight: Tensor) -> str:
+        return type(deepops.functional.convolution(x, weight, None, 1, 0, 1, 1).grad_fn).__name__
+
+    assert node(x, weight) == "ConvolutionBackward0"
+    assert node(x.half(), weight.half()) == "HalfConvolutionBackward"
+    for dtype, expected in ((torch.float16, "HalfConvolutionBackward"), (torch.bfloat16, "ConvolutionBackward0")):
+        with torch.autocast("cpu", dtype=dtype):
+            assert node(x, weight) == expected
 
 
 def test_half_convolution_second_derivative() -> None:
