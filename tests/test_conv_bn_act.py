@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepops
 from deepops._library import has_kernel
@@ -344,6 +346,15 @@ def test_refolds_exactly_when_something_changed(edit: Callable[[ConvBNAct2d], No
         block(x)
         assert block._folded.folds == 2
         assert torch.equal(y, copy.deepcopy(block)(x))  # a copy has an empty cache
+
+
+def test_tensors_without_memory() -> None:
+    """Fake tensors have no address to compare: they must not reach the cache."""
+    with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block = ConvBNAct2d(4, 8, 3).eval()
+        assert block(torch.randn(2, 4, 9, 8)).shape == (2, 8, 7, 6)
+        assert block._folded.folds == 0
 
 
 def test_deepops_optimizer_is_noticed() -> None:

@@ -37,8 +37,9 @@ class FoldedWeights:
     def __init__(self) -> None:
         """Start empty."""
         self.folds = 0  # how often weights were folded: what tests count
-        # What the weights were made from (the tensors themselves too, so that no id can be given to another one) and
-        # the weights; one attribute, so that threads evaluating the same block see a consistent pair.
+        # What the weights were made from and the weights. The tensors themselves and, as aliases, their memory are kept
+        # too, so that neither an id nor an address can be given to another one. A single attribute, so that threads
+        # evaluating the same block see a consistent pair.
         self._entry: tuple[Any, list[Tensor | None], tuple[Tensor, Tensor]] | None = None
 
     def drop(self) -> None:
@@ -54,7 +55,8 @@ class FoldedWeights:
         key = [bn.eps, *(None if t is None else (id(t), t.data_ptr(), t._version) for t in sources)]
         entry = self._entry
         if entry is None or entry[0] != key:
-            entry = self._entry = key, sources, self._fold(sources, bn.eps)
+            alive = [*sources, *(None if t is None else t.detach() for t in sources)]
+            entry = self._entry = key, alive, self._fold(sources, bn.eps)
         return entry[2]
 
     def _fold(self, sources: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,8 @@ def folds(x: Tensor, residual: Tensor | None, conv: nn.Conv2d, bn: nn.BatchNorm2
     A residual only goes with a post-op that oneDNN has: fp32, and relu or nothing after the sum.
     """
     if bn.training or bn.running_mean is None or bn.running_var is None or torch.compiler.is_compiling():
+        return False
+    if type(x) is not Tensor:  # a subclass may stand for anything: FakeTensor has no memory to compare
         return False
     if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or autocast_enabled(x):
         return False
