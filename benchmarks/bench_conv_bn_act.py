@@ -11,42 +11,22 @@ import torch
 from torch import Tensor, nn
 
 import deepops.nn
-import deepops.optim
 from benchmarks.harness import Case
-from deepops.testing import saved_storages
+from deepops.cli.models import OPTIMIZERS, build_pair
+from deepops.cli.side import count_saved_bytes
 
 BATCH = 32
-Block = Callable[[int, int], nn.Module]
 
 
-def stock_block(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+def training_step(side: str, precision: torch.dtype) -> Callable[[], float]:
+    """One step of the course's loop: forward, loss, backward, update. fp16 means autocast with a gradient scaler.
 
-
-def deepops_block(inputs: int, outputs: int) -> nn.Module:
-    return deepops.nn.ConvBNReLU2d(inputs, outputs, 3, padding=1, bias=True)
-
-
-def course_cnn(block: Block) -> nn.Module:
-    """The CNN of the course module for 28x28 images, from the same weights whatever the block."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        block(1, 32),
-        nn.MaxPool2d(2),
-        block(32, 64),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 128),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Linear(128, 10),
-    )
-
-
-def training_step(block: Block, adam: type[torch.optim.Adam], precision: torch.dtype) -> Callable[[], float]:
-    """One step of the course's loop: forward, loss, backward, update. fp16 means autocast with a gradient scaler."""
-    model = course_cnn(block).train()
-    optimizer = adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    Args:
+        side: ``"stock"`` or ``"deepops"``; both start from the same weights.
+        precision: ``torch.float32`` or ``torch.float16``.
+    """
+    model = build_pair("cnn", seed=0)[side].train()
+    optimizer = OPTIMIZERS["adam"].build(side, model.parameters())
     criterion = nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler("cpu", enabled=precision is torch.float16)
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
@@ -63,15 +43,15 @@ def training_step(block: Block, adam: type[torch.optim.Adam], precision: torch.d
     return step
 
 
-def block_bytes(block: Block, inputs: int, outputs: int, size: int) -> Callable[[], float]:
+def block_bytes(module: nn.Module, inputs: int, size: int) -> Callable[[], float]:
     """KiB that one block keeps for its backward, without input, parameters and buffers."""
-    module = block(inputs, outputs)
     x = torch.randn(BATCH, inputs, size, size, requires_grad=True)
-    alive = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters(), *module.buffers())}
+    known = [x, *module.parameters(), *module.buffers()]
 
     def kibibytes() -> float:
-        storages = saved_storages(lambda: module(x))
-        return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in alive) / 1024
+        with count_saved_bytes(known) as counter:
+            module(x)
+        return counter.bytes / 1024
 
     return kibibytes
 
@@ -82,21 +62,17 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"course CNN, batch {BATCH}",
             f"training step {name}",
-            {
-                "torch": training_step(stock_block, torch.optim.Adam, precision),
-                "deepops": training_step(deepops_block, deepops.optim.Adam, precision),
-            },
+            {"torch": training_step("stock", precision), "deepops": training_step("deepops", precision)},
             goal=goal,
             seconds=seconds,
         )
     for inputs, outputs, size in ((1, 32, 28), (32, 64, 14)):
+        stock = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+        ours = deepops.nn.ConvBNReLU2d(inputs, outputs, 3, padding=1, bias=True)
         yield Case(
             f"{inputs}->{outputs}, {size}x{size}",
             "bytes saved for backward",
-            {
-                name: block_bytes(b, inputs, outputs, size)
-                for name, b in (("torch", stock_block), ("deepops", deepops_block))
-            },
+            {"torch": block_bytes(stock, inputs, size), "deepops": block_bytes(ours, inputs, size)},
             goal=2,  # half of stock's
             unit="KiB",
             measured=True,
