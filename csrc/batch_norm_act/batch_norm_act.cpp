@@ -277,6 +277,9 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   STD_TORCH_CHECK(!num_batches_tracked.has_value() ||
                       (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1),
                   "batch_norm_act_train: num_batches_tracked must be one int64");
+  const int64_t count = p.batch * p.inner;
+  STD_TORCH_CHECK(count > 1 || x.numel() == 0, "batch_norm_act_train: more than one value per channel is needed");
+
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {p.channels}, stat_type);
   Tensor invstd = torch::stable::new_empty(x, {p.channels}, stat_type);
@@ -292,8 +295,6 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
     return {y, mean, invstd};
   }
 
-  const int64_t count = p.batch * p.inner;
-  STD_TORCH_CHECK(count > 1, "batch_norm_act_train: more than one value per channel is needed");
   const BatchNormActKernels& kernel = kernels();
   AffineNumbers affine(p);
   PerChannel shift(p, p.exact || p.dtype == DataType::f64);
