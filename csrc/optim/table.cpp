@@ -22,6 +22,9 @@ std::map<std::string, StepFunction> step_functions;
 
 // Everything a step needs that stays the same from one step to the next, and the check that it did.
 //
+// Measured on 1000 tensors, one thread, interleaved: the same facts gathered in Python 1.10 ms, the boxed op `adam`
+// with its lists 1.84 ms (kernel included), collect() with all its checks 0.44 ms, and 0.52 ms with the kernel.
+//
 // Holds borrowed references only (and gradients, while a step runs): the Python object that owns the table keeps its
 // parameters, states and dictionaries alive, where the garbage collector can see them.
 class StepTable {
