@@ -146,15 +146,19 @@ struct PairOfSums {
 };
 
 // add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
-// before it: there only the lanes that are `fresh` count.
+// before it: there only the lanes that are `fresh` count. The next plane, `ahead` from this one, is fetched meanwhile:
+// it lies where the hardware does not look for it.
 template <class S, class Numbers, class Add>
-void sum_plane(int64_t start, int64_t length, int flush, const Numbers& numbers, const Add& add,
+void sum_plane(int64_t start, int64_t length, int64_t ahead, int flush, const Numbers& numbers, const Add& add,
                const typename Lanes<S>::Mask& fresh, PairOfSums<S>& sums) {
   const int64_t whole = length / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
     const int64_t room = i + (flush - sums.pending) * kLanes, stop = room < whole ? room : whole;
     sums.pending += int((stop - i) / kLanes);
-    for (; i < stop; i += kLanes) add(numbers, start + i, sums.a, sums.b);
+    for (; i < stop; i += kLanes) {
+      add.fetch(start + i + ahead);
+      add(numbers, start + i, sums.a, sums.b);
+    }
     if (sums.pending == flush) sums.flush();
   }
   if (whole == length) return;
@@ -172,8 +176,12 @@ void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, 
     const PlanePiece piece = plane_piece(p, item);
     const auto numbers = broadcast(Numbers<S>::at(args, piece.channel));
     PairOfSums<S> sums;
-    for (int64_t n = piece.first; n < piece.last; ++n)
-      sum_plane(plane_offset(p, n, piece.channel), p.inner, p.flush, numbers, add, fresh, sums);
+    const int64_t next_channel = plane_offset(p, piece.first, piece.channel + 1);
+    for (int64_t n = piece.first; n < piece.last; ++n) {
+      const int64_t start = plane_offset(p, n, piece.channel);
+      const int64_t ahead = n + 1 < piece.last ? p.channels * p.inner : next_channel - start;
+      sum_plane(start, p.inner, ahead, p.flush, numbers, add, fresh, sums);
+    }
     sums.flush();
     args.sums[2 * item] = sum_of_lanes(sums.total_a);
     args.sums[2 * item + 1] = sum_of_lanes(sums.total_b);
@@ -241,9 +249,11 @@ void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       Numbers<Lanes<S>> numbers[width];
       load_numbers<S>(args, column, numbers);
       for (int t = 0; t < width; ++t) a[t] = b[t] = Lanes<S>(S(0));
-      for (int64_t r = row; r < row + count; ++r)
-        _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
-            add(numbers[t], r * p.columns + column + t * kLanes, a[t], b[t]);
+      for (int64_t r = row; r < row + count; ++r) _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t) {
+          const int64_t i = r * p.columns + column + t * kLanes;
+          add.fetch(i + p.flush * p.columns);  // the same tile of the next rows
+          add(numbers[t], i, a[t], b[t]);
+        }
       for (int t = 0; t < width; ++t) {
         double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
         store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
@@ -285,14 +295,22 @@ void for_all(const Problem& p, const Args& args, int64_t begin, int64_t end, con
 // ---- the passes -----------------------------------------------------------------------------------------------------
 
 template <class T>
-void statistics(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
-  const T* x = static_cast<const T*>(args.x);
-  const auto add = [=]<class V>(const Shift<V>& shift, int64_t i, V& a, V& b) {
+struct StatisticsTerms {
+  const T* x;
+  void fetch(int64_t i) const { __builtin_prefetch(x + i); }
+  template <class V>
+  void operator()(const Shift<V>& shift, int64_t i, V& a, V& b) const {
     const V d = Access<V>::load(x + i) - shift.near;
     a += d;
     b += d * d;
-  };
-  p.exact ? sum<double, 2, Shift>(p, args, begin, end, add) : sum<core::OpMath<T>, 4, Shift>(p, args, begin, end, add);
+  }
+};
+
+template <class T>
+void statistics(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
+  const StatisticsTerms<T> terms{static_cast<const T*>(args.x)};
+  p.exact ? sum<double, 2, Shift>(p, args, begin, end, terms)
+          : sum<core::OpMath<T>, 4, Shift>(p, args, begin, end, terms);
 }
 
 template <class T, bool has_residual, class Act>
@@ -320,16 +338,26 @@ V gate(const Backward& args, const Act& act, int64_t i, const V& x, const Affine
 }
 
 template <class T, Kept kept, class Act>
-void reduce(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
-  using S = core::OpMath<T>;
-  const T* x = static_cast<const T*>(args.x);
-  const auto add = [=]<class V>(const Affine<V>& affine, int64_t i, V& a, V& b) {
-    const V value = Access<V>::load(x + i);
-    const V g = gate<T, kept>(args, act, i, value, affine);
+struct GradientTerms {
+  const Backward args;
+  const Act act;
+  void fetch(int64_t i) const {
+    __builtin_prefetch(static_cast<const T*>(args.x) + i);
+    __builtin_prefetch(static_cast<const T*>(args.grad_y) + i);
+    if constexpr (kept != Kept::nothing) __builtin_prefetch(static_cast<const T*>(args.kept) + i);
+  }
+  template <class V>
+  void operator()(const Affine<V>& affine, int64_t i, V& a, V& b) const {
+    const V x = Access<V>::load(static_cast<const T*>(args.x) + i);
+    const V g = gate<T, kept>(args, act, i, x, affine);
     a += g;
-    b += g * affine.centered(value);
-  };
-  sum<S, 2, Affine>(p, args, begin, end, add);
+    b += g * affine.centered(x);
+  }
+};
+
+template <class T, Kept kept, class Act>
+void reduce(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
+  sum<core::OpMath<T>, 2, Affine>(p, args, begin, end, GradientTerms<T, kept, Act>{args, act});
 }
 
 template <class T, Kept kept, class Act>
