@@ -102,27 +102,52 @@ int64_t row_items(const BatchNormActProblem& p) { return p.pieces + (p.tail > 0)
 
 // ---- per-channel numbers, in the order the kernels want -------------------------------------------------------------
 
-// A per-channel array in opmath, repeated for every column of the rows view.
+using Values = std::vector<double>;  // one per channel
+
+// A vector [C] in double; an absent one is full of `missing`.
+Values read(const OptionalTensor& tensor, int64_t channels, double missing) {
+  if (!tensor.has_value()) return Values(channels, missing);
+  if (tensor->scalar_type() == ScalarType::Double) {
+    const auto* data = static_cast<const double*>(tensor->const_data_ptr());
+    return Values(data, data + channels);
+  }
+  const auto* data = static_cast<const float*>(tensor->const_data_ptr());
+  return Values(data, data + channels);
+}
+
+// Stores channels [begin, end) and rounds `values` to what was stored: later arithmetic starts from there.
+void write(const Tensor& tensor, void* data, Values& values, int64_t begin, int64_t end) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    std::copy(values.begin() + begin, values.begin() + end, static_cast<double*>(data) + begin);
+    return;
+  }
+  auto* floats = static_cast<float*>(data);
+  for (int64_t c = begin; c < end; ++c) values[c] = floats[c] = static_cast<float>(values[c]);
+}
+
+// Per-channel numbers in opmath as the kernels read them: one for every channel, or for every column of the rows view.
 class PerChannel {
  public:
-  PerChannel(const BatchNormActProblem& p) : PerChannel(p, p.dtype == DataType::f64) {}
+  explicit PerChannel(const BatchNormActProblem& p) : PerChannel(p, p.dtype == DataType::f64) {}
   PerChannel(const BatchNormActProblem& p, bool is_double) : p_(p), is_double_(is_double) {
     const size_t count = p.planar ? p.channels : p.columns;
     is_double_ ? doubles_.resize(count) : floats_.resize(count);
   }
-  void set(int64_t channel, double value) {
-    if (p_.planar) return put(channel, value);
-    for (int64_t base = channel * p_.group; base < p_.columns; base += p_.period)
-      for (int64_t j = base; j < base + p_.group; ++j) put(j, value);
+  void set(const Values& values, int64_t begin, int64_t end) {
+    is_double_ ? set_in(doubles_, values, begin, end) : set_in(floats_, values, begin, end);
   }
   const void* data() const { return is_double_ ? static_cast<const void*>(doubles_.data()) : floats_.data(); }
 
  private:
-  void put(int64_t i, double value) {
-    if (is_double_)
-      doubles_[i] = value;
-    else
-      floats_[i] = static_cast<float>(value);
+  template <class S>
+  void set_in(std::vector<S>& numbers, const Values& values, int64_t begin, int64_t end) {
+    if (p_.planar || p_.columns == p_.channels) {
+      for (int64_t c = begin; c < end; ++c) numbers[c] = static_cast<S>(values[c]);
+      return;
+    }
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t base = c * p_.group; base < p_.columns; base += p_.period)
+        std::fill_n(numbers.begin() + base, p_.group, static_cast<S>(values[c]));
   }
   const BatchNormActProblem& p_;
   const bool is_double_;
@@ -130,47 +155,27 @@ class PerChannel {
   std::vector<double> doubles_;
 };
 
-// Reads or writes a per-channel tensor in opmath as double; an absent one reads as `missing`.
-class ChannelTensor {
- public:
-  ChannelTensor(const OptionalTensor& tensor, double missing = 0) : missing_(missing) {
-    if (!tensor.has_value()) return;
-    is_double_ = tensor->scalar_type() == ScalarType::Double;
-    data_ = tensor->data_ptr();
-  }
-  explicit operator bool() const { return data_ != nullptr; }
-  double operator[](int64_t c) const {
-    if (!data_) return missing_;
-    return is_double_ ? static_cast<const double*>(data_)[c] : static_cast<const float*>(data_)[c];
-  }
-  void set(int64_t c, double value) const {
-    if (is_double_)
-      static_cast<double*>(data_)[c] = value;
-    else
-      static_cast<float*>(data_)[c] = static_cast<float>(value);
-  }
-
- private:
-  void* data_ = nullptr;
-  bool is_double_ = false;
-  double missing_;
-};
-
 // z = (x - mean) * scale + bias. Forward and backward both come here, from the same stored mean and invstd.
-struct AffineNumbers {
-  PerChannel mean, scale, bias;
-  explicit AffineNumbers(const BatchNormActProblem& p) : mean(p), scale(p), bias(p) {}
-  void set(int64_t c, double channel_mean, double invstd, double weight, double channel_bias) {
-    mean.set(c, channel_mean);
-    scale.set(c, invstd * weight);
-    bias.set(c, channel_bias);
+class AffineNumbers {
+ public:
+  AffineNumbers(const BatchNormActProblem& p, const OptionalTensor& weight, const OptionalTensor& bias)
+      : weight_(read(weight, p.channels, 1)), bias_values_(read(bias, p.channels, 0)), mean_(p), scale_(p), bias_(p) {}
+  void set(const Values& mean, const Values& invstd, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) weight_[c] *= invstd[c];
+    mean_.set(mean, begin, end);
+    scale_.set(weight_, begin, end);
+    bias_.set(bias_values_, begin, end);
   }
   template <class Args>
   void give(Args& args) const {
-    args.mean = mean.data();
-    args.scale = scale.data();
-    args.bias = bias.data();
+    args.mean = mean_.data();
+    args.scale = scale_.data();
+    args.bias = bias_.data();
   }
+
+ private:
+  Values weight_, bias_values_;
+  PerChannel mean_, scale_, bias_;
 };
 
 // ---- sums, and the walk over the work items -------------------------------------------------------------------------
@@ -190,21 +195,28 @@ class Sums {
       for (int64_t j = 0; j < width; ++j) data_[j] += data_[item * width + j];
   }
 
-  std::pair<double, double> of_channel(int64_t channel) const {
-    double a = 0, b = 0;
-    if (p_.planar) {
-      for (int64_t item = channel * p_.pieces; item < (channel + 1) * p_.pieces; ++item) {
-        a += data_[2 * item];
-        b += data_[2 * item + 1];
+  // Both sums of channels [begin, end).
+  void read(int64_t begin, int64_t end, Values& a, Values& b) const {
+    if (!p_.planar && p_.columns == p_.channels) {
+      std::copy(&data_[begin], &data_[end], &a[begin]);
+      std::copy(&data_[begin + p_.columns], &data_[end + p_.columns], &b[begin]);
+      return;
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      a[c] = b[c] = 0;
+      if (p_.planar) {
+        for (int64_t item = c * p_.pieces; item < (c + 1) * p_.pieces; ++item) {
+          a[c] += data_[2 * item];
+          b[c] += data_[2 * item + 1];
+        }
+        continue;
       }
-    } else {
-      for (int64_t base = channel * p_.group; base < p_.columns; base += p_.period)
+      for (int64_t base = c * p_.group; base < p_.columns; base += p_.period)
         for (int64_t j = base; j < base + p_.group; ++j) {
-          a += data_[j];
-          b += data_[j + p_.columns];
+          a[c] += data_[j];
+          b[c] += data_[j + p_.columns];
         }
     }
-    return {a, b};
   }
 
  private:
@@ -296,9 +308,10 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   }
 
   const BatchNormActKernels& kernel = kernels();
-  AffineNumbers affine(p);
+  AffineNumbers affine(p, weight, bias);
   PerChannel shift(p, p.exact || p.dtype == DataType::f64);
-  std::vector<double> shifts(p.channels);
+  Values shifts(p.channels), sum(p.channels), squares(p.channels), means(p.channels), variances(p.channels);
+  Values running_means = read(running_mean, p.channels, 0), running_vars = read(running_var, p.channels, 0);
   Sums sums(p);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
@@ -307,26 +320,36 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   args.sums = sums.data();
   args.shift = shift.data();
   affine.give(args);
-  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
-  const ChannelTensor running_means(running_mean), running_vars(running_var);
+  void *mean_data = mean.mutable_data_ptr(), *invstd_data = invstd.mutable_data_ptr();
+  void* running_mean_data = running_mean.has_value() ? running_mean->mutable_data_ptr() : nullptr;
+  void* running_var_data = running_var.has_value() ? running_var->mutable_data_ptr() : nullptr;
+
   const auto prepare = [&](int64_t begin, int64_t end) {
     kernel.sample(p, args.x, begin, end, shifts.data() + begin);
-    for (int64_t c = begin; c < end; ++c) shift.set(c, shifts[c]);
+    shift.set(shifts, begin, end);
   };
   const auto finish = [&](int64_t begin, int64_t end) {
+    sums.read(begin, end, sum, squares);
+    bool finite = true;
     for (int64_t c = begin; c < end; ++c) {
-      const auto [sum, squares] = sums.of_channel(c);
-      double channel_mean = shifts[c] + sum / double(count);
-      double variance = std::max(0.0, squares / double(count) - (sum / double(count)) * (sum / double(count)));
-      if (!std::isfinite(squares) && p.dtype <= DataType::f64)
-        std::tie(channel_mean, variance) = careful_statistics(p, args.x, c);
-      means.set(c, channel_mean);
-      invstds.set(c, 1 / std::sqrt(variance + eps));
-      affine.set(c, means[c], invstds[c], weights[c], biases[c]);
-      if (running_means) running_means.set(c, (1 - factor) * running_means[c] + factor * channel_mean);
-      if (running_vars)
-        running_vars.set(c, (1 - factor) * running_vars[c] + factor * variance * double(count) / double(count - 1));
+      const double offset = sum[c] / double(count);
+      means[c] = shifts[c] + offset;
+      variances[c] = std::max(0.0, squares[c] / double(count) - offset * offset);
+      finite &= squares[c] - squares[c] == 0;
     }
+    for (int64_t c = begin; c < end && !finite; ++c)
+      if (!std::isfinite(squares[c]) && p.dtype <= DataType::f64)
+        std::tie(means[c], variances[c]) = careful_statistics(p, args.x, c);
+    for (int64_t c = begin; c < end; ++c) {
+      running_means[c] = (1 - factor) * running_means[c] + factor * means[c];
+      running_vars[c] = (1 - factor) * running_vars[c] + factor * variances[c] * double(count) / double(count - 1);
+      variances[c] = 1 / std::sqrt(variances[c] + eps);  // from here on the inverse standard deviation
+    }
+    if (running_mean_data) write(*running_mean, running_mean_data, running_means, begin, end);
+    if (running_var_data) write(*running_var, running_var_data, running_vars, begin, end);
+    write(mean, mean_data, means, begin, end);
+    write(invstd, invstd_data, variances, begin, end);
+    affine.set(means, variances, begin, end);
   };
   const auto statistics = [&](int64_t begin, int64_t end) { kernel.statistics(p, args, begin, end); };
   const auto forward = [&](int64_t begin, int64_t end) { kernel.forward(p, args, begin, end); };
@@ -346,9 +369,8 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
 
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
-  AffineNumbers affine(p);
-  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
-  for (int64_t c = 0; c < p.channels; ++c) affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+  AffineNumbers affine(p, weight, bias);
+  affine.set(read(mean, p.channels, 0), read(invstd, p.channels, 1), 0, p.channels);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -390,10 +412,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   }
 
   const int64_t count = p.batch * p.inner;
-  AffineNumbers affine(p);
+  const Values means = read(mean, p.channels, 0), invstds = read(invstd, p.channels, 1);
+  AffineNumbers affine(p, weight, bias);
+  affine.set(means, invstds, 0, p.channels);
   PerChannel mean_grad(p), slope_grad(p);
-  const ChannelTensor weights(weight, 1), biases(bias, 0), means(mean), invstds(invstd);
-  for (int64_t c = 0; c < p.channels; ++c) affine.set(c, means[c], invstds[c], weights[c], biases[c]);
+  Values sum_g(p.channels), sum_gx(p.channels), per_value(p.channels);
   Sums sums(p);
   BatchNormActBackward args{};
   args.grad_y = grad_y.const_data_ptr();
@@ -408,18 +431,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   args.sums = sums.data();
   affine.give(args);
 
-  const ChannelTensor grad_weights(grad_weight), grad_biases(grad_bias);
+  void *grad_weight_data = grad_weight.mutable_data_ptr(), *grad_bias_data = grad_bias.mutable_data_ptr();
   const auto nothing = [](int64_t, int64_t) {};
   const auto finish = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const auto [sum_g, sum_gx] = sums.of_channel(c);
-      if (need_affine) {
-        grad_weights.set(c, sum_gx * invstds[c]);
-        grad_biases.set(c, sum_g);
-      }
-      mean_grad.set(c, sum_g / double(count));
-      slope_grad.set(c, sum_gx / double(count) * invstds[c] * invstds[c]);
-    }
+    sums.read(begin, end, sum_g, sum_gx);
+    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_g[c] / double(count);
+    mean_grad.set(per_value, begin, end);
+    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_gx[c] / double(count) * invstds[c] * invstds[c];
+    slope_grad.set(per_value, begin, end);
+    if (!need_affine) return;
+    for (int64_t c = begin; c < end; ++c) sum_gx[c] *= invstds[c];
+    write(grad_weight, grad_weight_data, sum_gx, begin, end);
+    write(grad_bias, grad_bias_data, sum_g, begin, end);
   };
   const BatchNormActKernels& kernel = kernels();
   const auto reduce = [&](int64_t begin, int64_t end) { kernel.reduce(p, args, begin, end); };
