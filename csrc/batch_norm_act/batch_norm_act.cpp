@@ -28,7 +28,7 @@ using core::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kValuesPerThread = 16384;  // less work than this does not pay for waking a thread
+constexpr int64_t kValuesPerThread = 32768;  // less work than this does not pay for waking a thread
 constexpr int64_t kValuesPerBlock = 8192;    // channels handled together: small ones share a call of a kernel
 constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
 constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass

@@ -22,6 +22,7 @@ using Problem = BatchNormActProblem;
 using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 
+constexpr int kChannelsAtOnce = 16;  // neighbouring planes that a reduction takes together
 constexpr int kRowsAtOnce = 4;  // rows of an elementwise pass that share loaded numbers; more would hinder prefetching
 
 enum class Kept { nothing, residual, output };
@@ -120,85 +121,84 @@ InputGrad<Lanes<S>> broadcast(const InputGrad<S>& one) {
 
 // ---- walking the planar view ----------------------------------------------------------------------------------------
 
-struct PlanePiece {
-  int64_t channel, first, last;  // planes [first, last) of this channel
-};
-inline PlanePiece plane_piece(const Problem& p, int64_t item) {
-  const int64_t piece = item % p.pieces;
-  return {item / p.pieces, piece * p.batch / p.pieces, (piece + 1) * p.batch / p.pieces};
-}
 inline int64_t plane_offset(const Problem& p, int64_t n, int64_t channel) {
   return (n * p.channels + channel) * p.inner;
 }
 
-// Two sums in lanes of S, flushed to double every now and then.
-template <class S>
-struct PairOfSums {
-  Lanes<S> a{S(0)}, b{S(0)};
-  Lanes<double> total_a{0.0}, total_b{0.0};
-  int pending = 0;
-  void flush() {
-    total_a += widen(a);
-    total_b += widen(b);
-    a = b = Lanes<S>(S(0));
-    pending = 0;
-  }
-};
-
-// add(numbers, offset, a, b) adds the two terms of 16 values to a and b. The last vector of a plane overlaps the one
-// before it: there only the lanes that are `fresh` count. The next plane, `ahead` from this one, is fetched meanwhile:
-// it lies where the hardware does not look for it.
+// Adds the two sums of one plane to a and b. add(numbers, offset, a, b) adds the two terms of 16 values. The last
+// vector of a plane overlaps the one before it: there only the lanes that are `fresh` count. The plane `ahead` of this
+// one is fetched meanwhile: it lies where the hardware does not look for it.
 template <class S, class Numbers, class Add>
-void sum_plane(int64_t start, int64_t length, int64_t ahead, int flush, const Numbers& numbers, const Add& add,
-               const typename Lanes<S>::Mask& fresh, PairOfSums<S>& sums) {
-  const int64_t whole = length / kLanes * kLanes;
+void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numbers& numbers, const Add& add,
+               const typename Lanes<S>::Mask& fresh, Lanes<double>& a, Lanes<double>& b) {
+  const int64_t whole = p.inner / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
-    const int64_t room = i + (flush - sums.pending) * kLanes, stop = room < whole ? room : whole;
-    sums.pending += int((stop - i) / kLanes);
+    Lanes<S> some_a(S(0)), some_b(S(0));
+    const int64_t room = i + p.flush * kLanes, stop = room < whole ? room : whole;
     for (; i < stop; i += kLanes) {
       add.fetch(start + i + ahead);
-      add(numbers, start + i, sums.a, sums.b);
+      add(numbers, start + i, some_a, some_b);
     }
-    if (sums.pending == flush) sums.flush();
+    if (i == whole && whole < p.inner) {
+      Lanes<S> last_a(S(0)), last_b(S(0));
+      add(numbers, start + p.inner - kLanes, last_a, last_b);
+      some_a += select(fresh, last_a, Lanes<S>(S(0)));
+      some_b += select(fresh, last_b, Lanes<S>(S(0)));
+    }
+    a += widen(some_a);
+    b += widen(some_b);
   }
-  if (whole == length) return;
-  Lanes<S> a(S(0)), b(S(0));
-  add(numbers, start + length - kLanes, a, b);
-  sums.a += select(fresh, a, Lanes<S>(S(0)));
-  sums.b += select(fresh, b, Lanes<S>(S(0)));
-  if (++sums.pending == flush) sums.flush();
 }
 
+// Work items are channels, or pieces of channels. Several channels go together, sample by sample: their planes are
+// neighbours in memory.
 template <class S, template <class> class Numbers, class Args, class Add>
 void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
   const auto fresh = lane_numbers<S>() >= Lanes<S>(S(kLanes - p.inner % kLanes));
-  for (int64_t item = begin; item < end; ++item) {
-    const PlanePiece piece = plane_piece(p, item);
-    const auto numbers = broadcast(Numbers<S>::at(args, piece.channel));
-    PairOfSums<S> sums;
-    const int64_t next_channel = plane_offset(p, piece.first, piece.channel + 1);
-    for (int64_t n = piece.first; n < piece.last; ++n) {
-      const int64_t start = plane_offset(p, n, piece.channel);
-      const int64_t ahead = n + 1 < piece.last ? p.channels * p.inner : next_channel - start;
-      sum_plane(start, p.inner, ahead, p.flush, numbers, add, fresh, sums);
+  const int64_t group = p.pieces == 1 ? kChannelsAtOnce : 1;
+  for (int64_t item = begin; item < end; item += group) {
+    const int64_t count = end - item < group ? end - item : group, piece = item % p.pieces, channel = item / p.pieces;
+    const int64_t first = piece * p.batch / p.pieces, last = (piece + 1) * p.batch / p.pieces;
+    Lanes<double> a[kChannelsAtOnce], b[kChannelsAtOnce];
+    for (int64_t k = 0; k < count; ++k) a[k] = b[k] = Lanes<double>(0.0);
+    for (int64_t n = first; n < last; ++n) {
+      // The same channel of the next sample, or of the next channels' first sample.
+      const int64_t ahead =
+          n + 1 < last ? p.channels * p.inner : plane_offset(p, first, channel + count) - plane_offset(p, n, channel);
+      for (int64_t k = 0; k < count; ++k) {
+        const auto numbers = broadcast(Numbers<S>::at(args, channel + k));
+        sum_plane<S>(p, plane_offset(p, n, channel + k), ahead, numbers, add, fresh, a[k], b[k]);
+      }
     }
-    sums.flush();
-    args.sums[2 * item] = sum_of_lanes(sums.total_a);
-    args.sums[2 * item + 1] = sum_of_lanes(sums.total_b);
+    for (int64_t k = 0; k < count; ++k) {
+      args.sums[2 * (item + k)] = sum_of_lanes(a[k]);
+      args.sums[2 * (item + k) + 1] = sum_of_lanes(b[k]);
+    }
   }
 }
 
-// each(numbers, offset) handles 16 values. The last vector of a plane overlaps the one before it and writes the same.
-// From the last item to the first: what a pass before this one touched last is still in the cache.
+// each(numbers, offset) handles 16 values of a plane. The last vector overlaps the one before it and writes the same.
+template <class S, template <class> class Numbers, class Args, class Each>
+void for_plane(const Problem& p, const Args& args, int64_t n, int64_t channel, const Each& each) {
+  const auto numbers = broadcast(Numbers<S>::at(args, channel));
+  const int64_t start = plane_offset(p, n, channel);
+  int64_t i = 0;
+  for (; i + kLanes <= p.inner; i += kLanes) each(numbers, start + i);
+  if (i < p.inner) each(numbers, start + p.inner - kLanes);
+}
+
+// Work items are planes, channel by channel; whole channels go sample by sample, as above. From the last to the first:
+// what the pass before this one touched last is still in the cache.
 template <class S, template <class> class Numbers, class Args, class Each>
 void for_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  for (int64_t item = end - 1; item >= begin; --item) {
-    const int64_t channel = item / p.batch, start = plane_offset(p, item % p.batch, channel);
-    const auto numbers = broadcast(Numbers<S>::at(args, channel));
-    int64_t i = 0;
-    for (; i + kLanes <= p.inner; i += kLanes) each(numbers, start + i);
-    if (i < p.inner) each(numbers, start + p.inner - kLanes);
+  if (begin % p.batch == 0 && end % p.batch == 0) {
+    for (int64_t n = p.batch - 1; n >= 0; --n)
+      for (int64_t channel = begin / p.batch; channel < end / p.batch; ++channel)
+        for_plane<S, Numbers>(p, args, n, channel, each);
+    return;
   }
+  for (int64_t item = end - 1; item >= begin; --item)
+    for_plane<S, Numbers>(p, args, item % p.batch, item / p.batch, each);
 }
 
 // ---- walking the rows view ------------------------------------------------------------------------------------------
