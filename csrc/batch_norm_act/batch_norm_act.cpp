@@ -1,7 +1,8 @@
 // batch_norm_act on the CPU: checks, geometry, allocation, the order of the passes, registration.
 //
-// Planar data with enough channels takes one parallel region: statistics and the elementwise pass of a channel follow
-// each other while its planes are in the cache. Otherwise there is one region for each.
+// Each pass is one parallel region. Large planar data takes a single one for both: statistics and elementwise work of a
+// few channels follow each other while their planes are in the cache. Measured on 2 cores with 1 MB of level-2 cache:
+// 1.2x at 50 MB forward and backward, but 0.75x at 6 MB, where streaming through memory in order is faster.
 #include "batch_norm_act/batch_norm_act.h"
 
 #include <torch/csrc/stable/library.h>
@@ -29,7 +30,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kValuesPerThread = 32768;  // less work than this does not pay for waking a thread
-constexpr int64_t kValuesPerBlock = 8192;    // channels handled together: small ones share a call of a kernel
+constexpr int64_t kTogetherAbove = 1 << 21;  // planar values that the cache will not hold from one pass to the next
+constexpr int64_t kValuesPerBlock = 65536;   // channels that go through both passes together, half a level-2 cache
 constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
 constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
 
@@ -234,7 +236,8 @@ template <class Prepare, class Sum, class Finish, class Each>
 void run(const BatchNormActProblem& p, Sums* sums, bool want_each, const Prepare& prepare, const Sum& sum,
          const Finish& finish, const Each& each) {
   const int64_t values = p.batch * p.channels * p.inner;
-  if (p.planar && sums && want_each && p.channels >= 4 * int64_t(torch::stable::get_num_threads())) {
+  const bool enough_channels = p.channels >= 4 * int64_t(torch::stable::get_num_threads());
+  if (p.planar && sums && want_each && values > kTogetherAbove && enough_channels) {
     const int64_t per_block = std::max<int64_t>(1, kValuesPerBlock / (values / p.channels));
     core::parallel_for(p.channels, grain(values / p.channels), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += per_block) {
