@@ -3,12 +3,12 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <vector>
 
+#include "core/checks.h"
 #include "core/parallel.h"
 #include "optim/plan.h"
 
@@ -77,22 +77,6 @@ void step(const StepCall& call) {
   });
 }
 
-DataType dtype_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DataType::f32;
-    case ScalarType::Double:
-      return DataType::f64;
-    case ScalarType::Half:
-      return DataType::f16;
-    case ScalarType::BFloat16:
-      return DataType::bf16;
-    default:
-      STD_TORCH_CHECK(false, "params: expected float32, float64, float16 or bfloat16");
-  }
-}
-
 // The op: for tracing and compiling, and for whoever has lists of tensors. deepops.optim.Adam comes in below.
 void adam(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
           std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> state_steps,
@@ -106,7 +90,7 @@ void adam(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
   std::vector<int64_t> sizes(count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& p = params[i];
-    const DataType dtype = dtype_of(p);
+    const DataType dtype = core::data_type_of(p, "adam", "params");
     STD_TORCH_CHECK(optim::is_dense(p.dim(), p.sizes().data(), p.strides().data()), "adam: params[", i,
                     "] does not fill its memory");
     std::vector<Tensor> others = {grads[i], exp_avgs[i], exp_avg_sqs[i]};
@@ -119,8 +103,9 @@ void adam(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
                         "adam: tensor ", i, ": the gradient and the states need the strides of the parameter");
       }
     }
-    STD_TORCH_CHECK(state_steps[i].numel() == 1 && dtype_of(state_steps[i]) == DataType::f32,
-                    "adam: state_steps: expected one float32 each");
+    STD_TORCH_CHECK(
+        state_steps[i].numel() == 1 && core::data_type_of(state_steps[i], "adam", "state_steps") == DataType::f32,
+        "adam: state_steps: expected one float32 each");
     rows[i] = {p.data_ptr(),
                grads[i].data_ptr(),
                {exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr},
