@@ -22,7 +22,7 @@ def check_requirements() -> None:
     missing = [f"the Python package {name}" for name in ("torch", "pybind11") if not importlib.util.find_spec(name)]
     missing += [f"the program {name}" for name in ("cmake", "ninja") if not shutil.which(name)]
     missing += [] if headers.exists() else [f"Python's headers ({headers}; on Debian: apt install python3-dev)"]
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compilers = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     missing += [] if any(map(shutil.which, compilers)) else ["a C++20 compiler (on Debian: apt install g++)"]
     if missing:
         sys.exit(f"deepops: cannot build, missing: {', '.join(missing)}; see 'Install' in README.md")
@@ -36,14 +36,13 @@ class CMakeBuild(build_ext):
         return "deepops/_ops.so" if fullname.endswith("_ops") else super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
-        """Run CMake for _C, which makes _ops too."""
+        """Run CMake for _C, which makes _ops too; all kinds of build share a folder and compile only what changed."""
         if ext.name.endswith("_ops"):
             return
         check_requirements()
         import pybind11
 
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        # One folder for every kind of build, so that the next one (an editable install too) compiles only what changed.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("DEEPOPS_BUILD_TYPE", "Debug" if self.debug else "Release"),
@@ -53,12 +52,9 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        flags = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags])
+        flags = ["-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items())]
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, *flags])
         subprocess.check_call(["cmake", "--build", build])
 
 
-setup(
-    ext_modules=[Extension("deepops._C", sources=[]), Extension("deepops._ops", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+setup(ext_modules=[Extension("deepops._C", []), Extension("deepops._ops", [])], cmdclass={"build_ext": CMakeBuild})
