@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "batch_norm_act/arguments.h"
 #include "optim/table.h"
 
 namespace py = pybind11;
@@ -77,6 +78,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_isa", [] { return kIsaNames[attached().cpu_isa()]; }, "The instruction set the CPU kernels use now.");
   m.def("cpu_isas", &cpu_isas, "The instruction sets this machine can run, weakest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Use this instruction set; for tests.");
+  deepops::bind_batch_norm_act(m);
   deepops::optim::bind(m);
   m.def("parallel_regions", [] { return attached().parallel_regions(); }, "Parallel regions entered so far.");
 }

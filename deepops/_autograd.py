@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from deepops import reference
+from deepops._library import _C, has_kernel
 
 Grad = Tensor | None
+
+# Looks at all tensors of a call at once; None where they have to be looked at in Python.
+ARGUMENTS: Any = None
+if _C is not None and has_kernel("batch_norm_act_train", "cpu"):
+    ARGUMENTS = _C.BatchNormActArguments(Tensor, torch.nn.Parameter)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -94,13 +100,14 @@ class BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
         x, kept, weight, bias, mean, invstd = ctx.saved_tensors
         training, _, activation, negative_slope, _ = ctx.options
-        need_x, need_residual, need_weight, need_bias, need_shift = ctx.needs_input_grad[:5]
-        grad_shift = torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None
+        need_x, need_residual, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(ctx, grad_y)
         else:
+            if ARGUMENTS is None or torch.compiler.is_compiling() or not ARGUMENTS.same_layout(grad_y, x):
+                grad_y = grad_y.contiguous(memory_format=memory_format_of(x))
             grads = torch.ops.deepops.batch_norm_act_backward.default(
-                grad_y.contiguous(memory_format=memory_format_of(x)),
+                grad_y,
                 x,
                 kept,
                 weight,
@@ -114,11 +121,17 @@ class BatchNormAct(torch.autograd.Function):
                 need_residual,
                 need_weight or need_bias,
             )
-        grad_x = grads[0] if need_x else None
-        grad_residual = grads[1] if need_residual else None
-        grad_weight = grads[2] if need_weight else None
-        grad_bias = grads[3] if need_bias else None
-        return grad_x, grad_residual, grad_weight, grad_bias, grad_shift, *[None] * 8
+        return (
+            grads[0] if need_x else None,
+            grads[1] if need_residual else None,
+            grads[2] if need_weight else None,
+            grads[3] if need_bias else None,
+            torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None,
+            *_NO_GRADS,
+        )
+
+
+_NO_GRADS = (None,) * 8  # of statistics and settings
 
 
 def derivative_from_output(activation: str, negative_slope: float) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deepops import _fake, reference
-from deepops._autograd import BatchNormAct, inverse_std, memory_format_of
+from deepops._autograd import ARGUMENTS, BatchNormAct, inverse_std, memory_format_of
 from deepops._checks import (
     autocast_enabled,
     check_activation,
@@ -90,12 +90,14 @@ def batch_norm_act(
         TypeError: a non-tensor, a sparse or integer tensor, dtypes that do not go together.
         ValueError: wrong shape, device or option; one value per channel in training.
     """
-    check_data("x", x)
     check_activation(activation, approximate)
+    settings = Settings(training, momentum, eps, activation, negative_slope, approximate)
+    if _fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
+        return _run(x, residual, weight, bias, None, running_mean, running_var, num_batches_tracked, settings)
+    check_data("x", x)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
     if residual is not None:
         check_residual(residual, x, x.shape)
-    settings = Settings(training, momentum, eps, activation, negative_slope, approximate)
     return _batch_norm_act(x, residual, weight, bias, None, running_mean, running_var, num_batches_tracked, settings)
 
 
@@ -143,11 +145,13 @@ def conv_bn_act(
     check_activation(activation, approximate)
     check_convolution(x, conv_weight, conv_bias, groups, autocast_enabled(x))
     y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
+    settings = Settings(training, momentum, eps, activation, negative_slope, approximate)
+    shift = conv_bias if training else None
+    if _fit(y, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
+        return _run(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
     check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
     if residual is not None:
         check_residual(residual, x, y.shape)
-    settings = Settings(training, momentum, eps, activation, negative_slope, approximate)
-    shift = conv_bias if training else None
     return _batch_norm_act(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
 
 
@@ -160,6 +164,31 @@ class Settings(NamedTuple):
     activation: str
     negative_slope: float
     approximate: str
+
+
+def _fit(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+) -> bool:
+    """Whether the compiled ops can take these very tensors: the usual case. False says nothing: look closer."""
+    if ARGUMENTS is None or torch.compiler.is_compiling() or not _sees_all():
+        return False
+    if momentum is None and num_batches_tracked is None:
+        return False
+    fit: bool = ARGUMENTS.fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training)
+    return fit
+
+
+def _sees_all() -> bool:
+    """Whether a compiled op computes all that is asked for: torch.func and forward-mode AD do not see into one."""
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
 def _batch_norm_act(
@@ -190,10 +219,7 @@ def _kernel_applies(x: Tensor, *others: Tensor | None) -> bool:
         if device not in _warned and device != "meta":
             _warn_once(device)
         return False
-    if torch.compiler.is_compiling():
-        return x.numel() > 0
-    # torch.func and forward-mode differentiation do not see into a compiled op.
-    return x.numel() > 0 and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    return x.numel() > 0 and (torch.compiler.is_compiling() or _sees_all())
 
 
 def _kernel(
@@ -208,9 +234,6 @@ def _kernel(
     settings: Settings,
 ) -> Tensor:
     """Bring all tensors to the layout and the dtypes of the compiled ops and call them."""
-    training, momentum, eps, activation, negative_slope, approximate = settings
-    if activation == "gelu" and approximate == "tanh":
-        activation = "gelu_tanh"
     layout = memory_format_of(x)
     x = x.contiguous(memory_format=layout)
     if residual is not None:
@@ -218,6 +241,30 @@ def _kernel(
     mean, var = running_mean, running_var
     if x.dtype is torch.float16 or x.dtype is torch.bfloat16:  # the vectors may be 16-bit too
         weight, bias, mean, var = (None if t is None else t.float() for t in (weight, bias, mean, var))
+    y = _run(x, residual, weight, bias, shift, mean, var, num_batches_tracked, settings)
+    if settings.training:  # copy widened statistics back
+        if running_mean is not None and mean is not None and mean is not running_mean:
+            running_mean.copy_(mean)
+        if running_var is not None and var is not None and var is not running_var:
+            running_var.copy_(var)
+    return y
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """Call the compiled op, recorded for autograd where a gradient is wanted."""
+    training, momentum, eps, activation, negative_slope, approximate = settings
+    if approximate == "tanh" and activation == "gelu":
+        activation = "gelu_tanh"
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -225,27 +272,47 @@ def _kernel(
         or (residual is not None and residual.requires_grad)
         or (shift is not None and shift.requires_grad)
     ):
-        affine_and_statistics = (weight, bias, shift, mean, var, num_batches_tracked)
         apply = _traceable_apply if torch.compiler.is_compiling() else _apply
-        y = apply(x, residual, *affine_and_statistics, training, momentum, eps, activation, negative_slope)
+        y = apply(
+            x,
+            residual,
+            weight,
+            bias,
+            shift,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
+        )
     elif training:
         y = torch.ops.deepops.batch_norm_act_train.default(
-            x, residual, weight, bias, mean, var, num_batches_tracked, momentum, eps, activation, negative_slope
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
         )[0]
     else:
-        assert var is not None
+        assert running_var is not None
+        invstd = inverse_std(running_var, eps)
         y = torch.ops.deepops.batch_norm_act_eval.default(
-            x, residual, weight, bias, mean, inverse_std(var, eps), activation, negative_slope
+            x, residual, weight, bias, running_mean, invstd, activation, negative_slope
         )
-    if training and not torch.compiler.is_compiling():
-        _count_writes(running_mean, running_var, num_batches_tracked)
-    if training and running_mean is not None and mean is not None:
-        if shift is not None:
-            _shift_running_mean(mean, shift, momentum, num_batches_tracked)
-        if mean is not running_mean:  # 16-bit statistics were widened
-            running_mean.copy_(mean)
-    if training and running_var is not None and var is not None and var is not running_var:
-        running_var.copy_(var)
+    if training:
+        if not torch.compiler.is_compiling():
+            _count_writes(running_mean, running_var, num_batches_tracked)
+        if shift is not None and running_mean is not None:
+            _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
     return y
 
 
@@ -296,7 +363,7 @@ def _plain(
 
 def _count_writes(*written: Tensor | None) -> None:
     """Count the op's in-place writes as torch's own operations do; caches and autograd's checks look at it."""
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+    torch._C._increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 def _shift_running_mean(

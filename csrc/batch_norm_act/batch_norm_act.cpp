@@ -11,13 +11,12 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-#include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "batch_norm_act/per_channel.h"
+#include "core/allocate.h"
 #include "core/checks.h"
 #include "core/parallel.h"
 
@@ -167,9 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   const int64_t count = p.batch * p.inner;
   STD_TORCH_CHECK(count > 1 || x.numel() == 0, "batch_norm_act_train: more than one value per channel is needed");
 
-  Tensor y = torch::stable::empty_like(x);
-  Tensor mean = torch::stable::new_empty(x, {p.channels}, stat_type);
-  Tensor invstd = torch::stable::new_empty(x, {p.channels}, stat_type);
+  Tensor mean = core::empty_vector(p.channels, stat_type, x);
+  Tensor invstd = core::empty_vector(p.channels, stat_type, x);
   double factor = momentum.value_or(0);  // as torch: no update for momentum=None without a count
   if (num_batches_tracked.has_value()) {
     int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
@@ -179,15 +177,20 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   if (x.numel() == 0) {  // no statistics to take; as in torch nothing is learnt from an empty batch
     torch::stable::zero_(mean);
     torch::stable::zero_(invstd);
-    return {y, mean, invstd};
+    return {core::empty_like(x), mean, invstd};
   }
 
   const BatchNormActKernels& kernel = kernels();
-  AffineNumbers affine(p, weight, bias);
-  PerChannel shift(p, p.exact || p.dtype == DataType::f64);
-  Values shifts(p.channels), sum(p.channels), squares(p.channels), means(p.channels), variances(p.channels);
-  Values running_means = read(running_mean, p.channels, 0), running_vars = read(running_var, p.channels, 0);
-  Sums sums(p);
+  Scratch scratch;
+  AffineNumbers affine(p, weight, bias, scratch);
+  PerChannel shift(p, p.exact || p.dtype == DataType::f64, scratch);
+  const Values shifts = scratch.take<double>(p.channels), sum = scratch.take<double>(p.channels);
+  const Values squares = scratch.take<double>(p.channels), means = scratch.take<double>(p.channels);
+  const Values variances = scratch.take<double>(p.channels);
+  const Values running_means = read(running_mean, p.channels, 0, scratch);
+  const Values running_vars = read(running_var, p.channels, 0, scratch);
+  Sums sums(p, scratch);
+  Tensor y = core::empty_like(x);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -242,10 +245,11 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
   core::check_vector(mean, p.channels, stat_type, "batch_norm_act_eval", "mean");
   core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_eval", "invstd");
 
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
-  AffineNumbers affine(p, weight, bias);
-  affine.set(read(mean, p.channels, 0), read(invstd, p.channels, 1), 0, p.channels);
+  if (x.numel() == 0) return core::empty_like(x);
+  Scratch scratch;
+  AffineNumbers affine(p, weight, bias, scratch);
+  affine.set(read(mean, p.channels, 0, scratch), read(invstd, p.channels, 1, scratch), 0, p.channels);
+  Tensor y = core::empty_like(x);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -275,24 +279,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_backward", "invstd");
 
   const auto like_x = [&](bool wanted) {
-    return wanted ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    return wanted ? core::empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
   };
-  Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
-  Tensor grad_weight = torch::stable::new_empty(x, {need_affine ? p.channels : 0}, stat_type);
-  Tensor grad_bias = torch::stable::new_empty(x, {need_affine ? p.channels : 0}, stat_type);
+  Tensor grad_weight = core::empty_vector(need_affine ? p.channels : 0, stat_type, x);
+  Tensor grad_bias = core::empty_vector(need_affine ? p.channels : 0, stat_type, x);
   if (x.numel() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
-    return {grad_x, grad_residual, grad_weight, grad_bias};
+    return {like_x(need_x), like_x(need_residual), grad_weight, grad_bias};
   }
 
   const int64_t count = p.batch * p.inner;
-  const Values means = read(mean, p.channels, 0), invstds = read(invstd, p.channels, 1);
-  AffineNumbers affine(p, weight, bias);
+  Scratch scratch;
+  const Values means = read(mean, p.channels, 0, scratch), invstds = read(invstd, p.channels, 1, scratch);
+  AffineNumbers affine(p, weight, bias, scratch);
   affine.set(means, invstds, 0, p.channels);
-  PerChannel mean_grad(p), slope_grad(p);
-  Values sum_g(p.channels), sum_gx(p.channels), per_value(p.channels);
-  Sums sums(p);
+  PerChannel mean_grad(p, scratch), slope_grad(p, scratch);
+  const Values sum_g = scratch.take<double>(p.channels), sum_gx = scratch.take<double>(p.channels);
+  const Values per_value = scratch.take<double>(p.channels);
+  Sums sums(p, scratch);
+  Tensor grad_x = like_x(need_x), grad_residual = like_x(need_residual);
   BatchNormActBackward args{};
   args.grad_y = grad_y.const_data_ptr();
   args.x = x.const_data_ptr();

@@ -1,16 +1,17 @@
 // Host side of batch_norm_act: per-channel numbers between tensors and kernels, and the sums that kernels bring back.
 #pragma once
 #include <algorithm>
-#include <memory>
-#include <vector>
+#include <span>
 
 #include "batch_norm_act/batch_norm_act.h"
 #include "core/checks.h"
+#include "core/scratch.h"
 
 namespace deepops {
 
 using core::DataType;
 using core::ScalarType;
+using core::Scratch;
 using core::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -18,21 +19,23 @@ inline int64_t row_items(const BatchNormActProblem& p) { return p.pieces + (p.ta
 
 // ---- per-channel numbers, in the order the kernels want -------------------------------------------------------------
 
-using Values = std::vector<double>;  // one per channel
+using Values = std::span<double>;  // one per channel
 
 // A vector [C] in double; an absent one is full of `missing`.
-inline Values read(const OptionalTensor& tensor, int64_t channels, double missing) {
-  if (!tensor.has_value()) return Values(channels, missing);
-  if (tensor->scalar_type() == ScalarType::Double) {
-    const auto* data = static_cast<const double*>(tensor->const_data_ptr());
-    return Values(data, data + channels);
+inline Values read(const OptionalTensor& tensor, int64_t channels, double missing, Scratch& scratch) {
+  const Values values = scratch.take<double>(channels);
+  if (!tensor.has_value()) {
+    std::fill(values.begin(), values.end(), missing);
+  } else if (tensor->scalar_type() == ScalarType::Double) {
+    std::copy_n(static_cast<const double*>(tensor->const_data_ptr()), channels, values.begin());
+  } else {
+    std::copy_n(static_cast<const float*>(tensor->const_data_ptr()), channels, values.begin());
   }
-  const auto* data = static_cast<const float*>(tensor->const_data_ptr());
-  return Values(data, data + channels);
+  return values;
 }
 
 // Stores channels [begin, end) and rounds `values` to what was stored: later arithmetic starts from there.
-inline void write(const Tensor& tensor, void* data, Values& values, int64_t begin, int64_t end) {
+inline void write(const Tensor& tensor, void* data, const Values& values, int64_t begin, int64_t end) {
   if (tensor.scalar_type() == ScalarType::Double) {
     std::copy(values.begin() + begin, values.begin() + end, static_cast<double*>(data) + begin);
     return;
@@ -44,10 +47,10 @@ inline void write(const Tensor& tensor, void* data, Values& values, int64_t begi
 // Per-channel numbers in opmath as the kernels read them: one for every channel, or for every column of the rows view.
 class PerChannel {
  public:
-  explicit PerChannel(const BatchNormActProblem& p) : PerChannel(p, p.dtype == DataType::f64) {}
-  PerChannel(const BatchNormActProblem& p, bool is_double) : p_(p), is_double_(is_double) {
-    const size_t count = p.planar ? p.channels : p.columns;
-    is_double_ ? doubles_.resize(count) : floats_.resize(count);
+  PerChannel(const BatchNormActProblem& p, Scratch& scratch) : PerChannel(p, p.dtype == DataType::f64, scratch) {}
+  PerChannel(const BatchNormActProblem& p, bool is_double, Scratch& scratch) : p_(p), is_double_(is_double) {
+    const int64_t count = p.planar ? p.channels : p.columns;
+    is_double_ ? void(doubles_ = scratch.take<double>(count)) : void(floats_ = scratch.take<float>(count));
   }
   void set(const Values& values, int64_t begin, int64_t end) {
     is_double_ ? set_in(doubles_, values, begin, end) : set_in(floats_, values, begin, end);
@@ -56,7 +59,7 @@ class PerChannel {
 
  private:
   template <class S>
-  void set_in(std::vector<S>& numbers, const Values& values, int64_t begin, int64_t end) {
+  void set_in(const std::span<S>& numbers, const Values& values, int64_t begin, int64_t end) {
     if (p_.planar || p_.columns == p_.channels) {
       for (int64_t c = begin; c < end; ++c) numbers[c] = static_cast<S>(values[c]);
       return;
@@ -67,15 +70,20 @@ class PerChannel {
   }
   const BatchNormActProblem& p_;
   const bool is_double_;
-  std::vector<float> floats_;
-  std::vector<double> doubles_;
+  std::span<float> floats_;
+  std::span<double> doubles_;
 };
 
 // z = (x - mean) * scale + bias. Forward and backward both come here, from the same stored mean and invstd.
 class AffineNumbers {
  public:
-  AffineNumbers(const BatchNormActProblem& p, const OptionalTensor& weight, const OptionalTensor& bias)
-      : weight_(read(weight, p.channels, 1)), bias_values_(read(bias, p.channels, 0)), mean_(p), scale_(p), bias_(p) {}
+  AffineNumbers(const BatchNormActProblem& p, const OptionalTensor& weight, const OptionalTensor& bias,
+                Scratch& scratch)
+      : weight_(read(weight, p.channels, 1, scratch)),
+        bias_values_(read(bias, p.channels, 0, scratch)),
+        mean_(p, scratch),
+        scale_(p, scratch),
+        bias_(p, scratch) {}
   void set(const Values& mean, const Values& invstd, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) weight_[c] *= invstd[c];
     mean_.set(mean, begin, end);
@@ -99,9 +107,10 @@ class AffineNumbers {
 // The pair of sums of every work item, and of every channel.
 class Sums {
  public:
-  explicit Sums(const BatchNormActProblem& p)
-      : p_(p), data_(new double[p.planar ? 2 * p.channels * p.pieces : 2 * row_items(p) * p.columns]) {}
-  double* data() const { return data_.get(); }
+  Sums(const BatchNormActProblem& p, Scratch& scratch)
+      : p_(p),
+        data_(scratch.take<double>(p.planar ? 2 * p.channels * p.pieces : 2 * row_items(p) * p.columns).data()) {}
+  double* data() const { return data_; }
 
   // Adds the pieces of all channels into the first one, in their order. Rows only; planar channels add up on their own.
   void add_pieces() {
@@ -112,7 +121,7 @@ class Sums {
   }
 
   // Both sums of channels [begin, end).
-  void read(int64_t begin, int64_t end, Values& a, Values& b) const {
+  void read(int64_t begin, int64_t end, const Values& a, const Values& b) const {
     if (!p_.planar && p_.columns == p_.channels) {
       std::copy(&data_[begin], &data_[end], &a[begin]);
       std::copy(&data_[begin + p_.columns], &data_[end + p_.columns], &b[begin]);
@@ -137,7 +146,7 @@ class Sums {
 
  private:
   const BatchNormActProblem& p_;
-  std::unique_ptr<double[]> data_;
+  double* data_;
 };
 
 }  // namespace deepops

@@ -9,13 +9,16 @@
 #include <tuple>
 #include <vector>
 
+#include "core/tensor_facts.h"
 #include "optim/plan.h"
-#include "optim/tensor_facts.h"
 
 namespace py = pybind11;
 
 namespace deepops::optim {
 namespace {
+
+using core::TensorReader;
+using core::TensorView;
 
 using StepFunction = void (*)(const StepCall*);
 std::map<std::string, StepFunction> step_functions;

@@ -10,7 +10,7 @@
 
 #include "core/dtype.h"
 
-namespace deepops::optim {
+namespace deepops::core {
 
 // DLTensor of DLPack 1.x (https://dmlc.github.io/dlpack/latest/c_api.html); sizes and strides belong to the tensor.
 struct TensorView {
@@ -76,13 +76,13 @@ class TensorReader {
 };
 
 // kDLFloat = 2, kDLBfloat = 4. False: no dtype of the kernels.
-inline bool data_type(const TensorView& view, core::DataType& out) {
+inline bool data_type(const TensorView& view, DataType& out) {
   const int key = view.type_code * 256 + view.type_bits;
-  out = key == 2 * 256 + 32   ? core::DataType::f32
-        : key == 2 * 256 + 64 ? core::DataType::f64
-        : key == 2 * 256 + 16 ? core::DataType::f16
-                              : core::DataType::bf16;
-  return out != core::DataType::bf16 || key == 4 * 256 + 16;
+  out = key == 2 * 256 + 32   ? DataType::f32
+        : key == 2 * 256 + 64 ? DataType::f64
+        : key == 2 * 256 + 16 ? DataType::f16
+                              : DataType::bf16;
+  return out != DataType::bf16 || key == 4 * 256 + 16;
 }
 
-}  // namespace deepops::optim
+}  // namespace deepops::core

@@ -1,0 +1,35 @@
+// New tensors by torch's C interface: 0.3 us each, where the boxed ops that torch::stable calls take 1 us.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace deepops::core {
+
+// Uninitialised, dense, with the sizes, strides, dtype and device of `like`, which is dense itself.
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& like) {
+  int32_t dtype, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), like.strides().data(), dtype,
+                                                         device, like.get_device_index(), &made));
+  return torch::stable::Tensor(made);
+}
+
+// Uninitialised, [size], on the device of `like`.
+inline torch::stable::Tensor empty_vector(int64_t size, torch::headeronly::ScalarType type,
+                                          const torch::stable::Tensor& like) {
+  int32_t device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, dtype, device, like.get_device_index(), &made));
+  return torch::stable::Tensor(made);
+}
+
+}  // namespace deepops::core
