@@ -70,7 +70,7 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
 
   const int64_t count = p.batch * p.inner;
   p.exact = count <= kExactBelow;
-  p.flush = p.exact ? 1 : 8;
+  p.flush = p.exact ? 1 : p.dtype <= DataType::f64 ? 32 : 8;
   const bool channels_adjacent = !contiguous || p.inner == 1;
   p.next_channel = channels_adjacent ? 1 : p.inner;
   p.samples = std::min<int64_t>(count, std::size(p.sample_offset));

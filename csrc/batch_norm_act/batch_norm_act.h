@@ -31,7 +31,8 @@ struct BatchNormActProblem {
   // Statistics are summed in pieces that depend on the shape alone, so that no sum depends on the number of threads.
   // planar: `pieces` runs of whole planes per channel; rows: `pieces` blocks of `rows_per_piece` rows (and the tail).
   int64_t pieces, rows_per_piece;
-  // Sums of single-precision terms go to double after `flush` additions; exact: so few values that one rounding of a
+  // Sums of single-precision terms go to double after `flush` additions: sooner for 16-bit data, whose few different
+  // values bring the same rounding errors over and over. exact: so few values that one rounding of a
   // term would show, statistics are taken in double from the start.
   int flush;
   bool exact;

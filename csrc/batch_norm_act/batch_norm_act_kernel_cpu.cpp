@@ -83,7 +83,7 @@ struct GradientTerms {
 
 template <class T, Kept kept, class Act>
 void reduce(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
-  sum<core::OpMath<T>, 2, Affine>(p, args, begin, end, GradientTerms<T, kept, Act>{args, act});
+  sum<core::OpMath<T>, kReductionTiles, Affine>(p, args, begin, end, GradientTerms<T, kept, Act>{args, act});
 }
 
 template <class T, Kept kept, class Act>

@@ -15,6 +15,8 @@ using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 
 inline constexpr int kChannelsAtOnce = 16;  // neighbouring planes that a reduction takes together
+// Vectors side by side in the rows view of a reduction: as many as the registers hold, numbers and sums together.
+inline constexpr int kReductionTiles = kVectorBytes == 64 ? 4 : 2;
 inline constexpr int kRowsAtOnce = 4;  // rows of an elementwise pass that share loaded numbers; more hinder prefetching
 
 // ---- one value or 16 of them under one name -------------------------------------------------------------------------
@@ -61,7 +63,9 @@ void sample(const Problem& p, const T* x, int64_t begin, int64_t end, double* sh
   }
   for (int64_t c = begin; c < end; ++c) {
     const double wide = shift[c - begin] / double(p.samples);
-    const double mean = p.exact ? wide : double(core::OpMath<T>(wide));
+    T rounded;  // on the grid of the data, differences have few bits: rounding errors of equal values do not add up
+    store(&rounded, core::OpMath<T>(wide));
+    const double mean = p.exact ? wide : double(load(&rounded));
     shift[c - begin] = mean - mean == 0 ? mean : 0;  // not finite: any value does
   }
 }
