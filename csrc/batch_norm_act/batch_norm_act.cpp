@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <iterator>
 #include <numeric>
 #include <string>
@@ -26,6 +27,9 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kValuesPerThread = 32768;  // less work than this does not pay for waking a thread
 constexpr int64_t kTogetherAbove = 1 << 21;  // planar values that the cache will not hold from one pass to the next
+constexpr int64_t kStreamAbove = 16 << 20;   // bytes of an elementwise pass that do not stay in the cache anyway
+constexpr int64_t kFreshAbove = 32 << 20;    // bytes of a tensor that the C library takes from the kernel, page by page
+constexpr int64_t kRowTurn = 256;            // columns above which large data is taken row by row
 constexpr int64_t kValuesPerBlock = 65536;   // channels that go through both passes together, half a level-2 cache
 constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
 constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
@@ -88,11 +92,22 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
   p.period = p.channels * p.group;
   p.columns = p.period * (kLanes / std::gcd(p.period, kLanes));
   p.rows = x.numel() / p.columns;
+  p.rows_at_once = p.columns >= kRowTurn && x.numel() > kTogetherAbove ? 1 : 4;
   p.tail = x.numel() % p.columns;
   const int64_t pieces = std::clamp<int64_t>(x.numel() / kValuesPerPiece, 8, std::max<int64_t>(8, p.rows / kLanes));
   p.rows_per_piece = std::max((p.rows + pieces - 1) / pieces, std::min(kLanes, p.rows));
   p.pieces = p.rows == 0 ? 0 : (p.rows + p.rows_per_piece - 1) / p.rows_per_piece;
   return p;
+}
+
+// Whether an elementwise pass over `tensors` tensors like x, some of them results, stores past the caches. Measured on
+// 13 MB of x, forward: 2.6 ns for 16 values against 4.5 ns; on 6 MB, which stays in the cache, 2.4 ns against 1.7 ns.
+bool streams(const BatchNormActProblem& p, const Tensor& x, int tensors, std::initializer_list<const void*> results) {
+  if (p.dtype > DataType::f64 || (p.planar && p.inner % kLanes != 0)) return false;
+  for (const void* data : results)
+    if (reinterpret_cast<uintptr_t>(data) % 64 != 0) return false;
+  const int64_t bytes = x.numel() * (p.dtype == DataType::f64 ? 8 : 4);
+  return tensors * bytes > kStreamAbove && bytes < kFreshAbove;
 }
 
 // ---- the walk over the work items -----------------------------------------------------------------------------------
@@ -195,6 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
   args.y = y.mutable_data_ptr();
+  args.stream = streams(p, x, args.residual ? 3 : 2, {args.y});
   args.sums = sums.data();
   args.shift = shift.data();
   affine.give(args);
@@ -254,6 +270,7 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
   args.y = y.mutable_data_ptr();
+  args.stream = streams(p, x, args.residual ? 3 : 2, {args.y});
   affine.give(args);
   const BatchNormActKernels& kernel = kernels();
   const auto nothing = [](int64_t, int64_t) {};
@@ -307,6 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   args.training = training;
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
+  args.stream = streams(p, x, 2 + (args.kept != nullptr) + need_x + need_residual, {args.grad_x, args.grad_residual});
   args.mean_grad = mean_grad.data();
   args.slope_grad = slope_grad.data();
   args.sums = sums.data();

@@ -31,6 +31,7 @@ struct BatchNormActProblem {
   // Statistics are summed in pieces that depend on the shape alone, so that no sum depends on the number of threads.
   // planar: `pieces` runs of whole planes per channel; rows: `pieces` blocks of `rows_per_piece` rows (and the tail).
   int64_t pieces, rows_per_piece;
+  int64_t rows_at_once;  // rows of an elementwise pass that share loaded per-channel numbers
   // Sums of single-precision terms go to double after `flush` additions: sooner for 16-bit data, whose few different
   // values bring the same rounding errors over and over. exact: so few values that one rounding of a
   // term would show, statistics are taken in double from the start.
@@ -47,6 +48,7 @@ struct BatchNormActForward {
   void* y;
   const void *mean, *scale, *bias;  // z = (x - mean) * scale + bias
   const void* shift;                // statistics are taken of x - shift; double if exact
+  bool stream;                      // store past the caches; data on vector boundaries
   double* sums;                     // planar [C][pieces][2], rows [items][2][columns]: of x - shift, of its square
 };
 
@@ -55,6 +57,7 @@ struct BatchNormActBackward {
   const void* kept;  // output or residual, or null: derivative_from_output()
   bool kept_is_output;
   bool training;
+  bool stream;                   // as in the forward
   void *grad_x, *grad_residual;  // or null
   const void *mean, *scale, *bias;
   const void *mean_grad, *slope_grad;  // grad_x = scale * (g - mean_grad - (x - mean) * slope_grad)

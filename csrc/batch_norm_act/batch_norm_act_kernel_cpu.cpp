@@ -43,11 +43,13 @@ template <class T, bool has_residual, class Act>
 void forward(const Problem& p, const Forward& args, int64_t begin, int64_t end, const Act& act) {
   const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
+  const bool stream = args.stream;
   for_all<core::OpMath<T>, Affine>(p, args, begin, end, [=]<class V>(const Affine<V>& affine, int64_t i) {
     V z = affine(Access<V>::load(x + i));
     if constexpr (has_residual) z = z + Access<V>::load(residual + i);
-    Access<V>::store(y + i, act.forward(z));
+    put(y + i, act.forward(z), stream);
   });
+  if (stream) finish_streaming();
 }
 
 // g = grad_y * act'(z + residual)
@@ -90,14 +92,16 @@ template <class T, Kept kept, class Act>
 void backward(const Problem& p, const Backward& args, int64_t begin, int64_t end, const Act& act) {
   const T* x = static_cast<const T*>(args.x);
   T *grad_x = static_cast<T*>(args.grad_x), *grad_residual = static_cast<T*>(args.grad_residual);
+  const bool stream = args.stream;
   for_all<core::OpMath<T>, InputGrad>(p, args, begin, end, [=]<class V>(const InputGrad<V>& numbers, int64_t i) {
     const V value = Access<V>::load(x + i);
     V g = gate<T, kept>(args, act, i, value, numbers.affine);
-    if (grad_residual) Access<V>::store(grad_residual + i, g);
+    if (grad_residual) put(grad_residual + i, g, stream);
     if (!grad_x) return;
     if (args.training) g = g - numbers.mean_grad - numbers.affine.centered(value) * numbers.slope_grad;
-    Access<V>::store(grad_x + i, numbers.affine.scale * g);
+    put(grad_x + i, numbers.affine.scale * g, stream);
   });
+  if (stream) finish_streaming();
 }
 
 // ---- run-time choices to template arguments -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ using Backward = BatchNormActBackward;
 inline constexpr int kChannelsAtOnce = 16;  // neighbouring planes that a reduction takes together
 // Vectors side by side in the rows view of a reduction: as many as the registers hold, numbers and sums together.
 inline constexpr int kReductionTiles = kVectorBytes == 64 ? 4 : 2;
-inline constexpr int kRowsAtOnce = 4;  // rows of an elementwise pass that share loaded numbers; more hinder prefetching
+inline constexpr int64_t kRowsAhead = 8;  // that a reduction of the rows view fetches
 
 // ---- one value or 16 of them under one name -------------------------------------------------------------------------
 
@@ -47,6 +47,15 @@ struct Access<Lanes<S>> {
     store_lanes(p, value);
   }
 };
+
+// A result of an elementwise pass. stream: past the caches, see batch_norm_act.h; single values stay where they are.
+template <class T, class V>
+void put(T* p, const V& value, bool stream) {
+  if constexpr (__is_same(V, Lanes<T>)) {
+    if (stream) return stream_lanes(p, value);
+  }
+  Access<V>::store(p, value);
+}
 
 template <class V>
 V load_at(const void* base, int64_t index) {  // one per-channel number, or those of 16 columns
@@ -243,11 +252,17 @@ void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       Numbers<Lanes<S>> numbers[width];
       load_numbers<S>(args, column, numbers);
       for (int t = 0; t < width; ++t) a[t] = b[t] = Lanes<S>(S(0));
-      for (int64_t r = row; r < row + count; ++r) _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t) {
+      // Fetched ahead: the same columns some rows on, at the end the first rows of the next tile.
+      const bool last_tile = column + width * kLanes >= p.columns;
+      const int64_t wrap = last_tile ? -column : width * kLanes - count * p.columns;
+      for (int64_t r = row; r < row + count; ++r) {
+        const int64_t ahead = kRowsAhead * p.columns + (r + kRowsAhead < row + count ? 0 : wrap);
+        _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t) {
           const int64_t i = r * p.columns + column + t * kLanes;
-          add.fetch(i + p.flush * p.columns);  // the same tile of the next rows
+          add.fetch(i + ahead);
           add(numbers[t], i, a[t], b[t]);
         }
+      }
       for (int t = 0; t < width; ++t) {
         double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
         store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
@@ -265,7 +280,7 @@ void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for_tiles<tiles>(p, piece.first, piece.last, kRowsAtOnce,
+    for_tiles<tiles>(p, piece.first, piece.last, p.rows_at_once,
                      [&]<int width>(int64_t row, int64_t count, int64_t column) {
                        Numbers<Lanes<S>> numbers[width];
                        load_numbers<S>(args, column, numbers);

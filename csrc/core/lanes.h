@@ -13,7 +13,7 @@
 #ifndef DEEPOPS_ISA
 #error "core/lanes.h is for files compiled once per instruction set (cmake/CpuIsa.cmake)"
 #endif
-#ifdef __F16C__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -199,6 +199,30 @@ template <class S>
 void store_lanes(S* p, const Lanes<S>& value) {
   constexpr int kParts = Lanes<S>::kParts;
   DEEPOPS_FOR_PARTS(k) __builtin_memcpy(p + k * Lanes<S>::kPerPart, &value.part[k], kVectorBytes);
+}
+
+// Stores past the caches, for results that would not stay there: memory need not be read before it is written.
+// p: on a boundary of kVectorBytes. finish_streaming() makes what this thread wrote visible to others.
+template <class S>
+void stream_lanes(S* p, const Lanes<S>& value) {
+  constexpr int kParts = Lanes<S>::kParts;
+  DEEPOPS_FOR_PARTS(k) {
+    float* at = reinterpret_cast<float*>(p + k * Lanes<S>::kPerPart);
+#if defined(__AVX512F__)
+    _mm512_stream_ps(at, (__m512)value.part[k]);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(at, (__m256)value.part[k]);
+#elif defined(__SSE2__)
+    _mm_stream_ps(at, (__m128)value.part[k]);
+#else
+    __builtin_memcpy(at, &value.part[k], kVectorBytes);
+#endif
+  }
+}
+inline void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
 
 typedef uint16_t U16Part __attribute__((vector_size(kVectorBytes / 2)));
