@@ -218,6 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   void* running_mean_data = running_mean.has_value() ? running_mean->mutable_data_ptr() : nullptr;
   void* running_var_data = running_var.has_value() ? running_var->mutable_data_ptr() : nullptr;
 
+  const double per_count = 1 / double(count), unbiased = double(count) / double(count - 1);
   const auto prepare = [&](int64_t begin, int64_t end) {
     kernel.sample(p, args.x, begin, end, shifts.data() + begin);
     shift.set(shifts, begin, end);
@@ -226,9 +227,9 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
     sums.read(begin, end, sum, squares);
     bool finite = true;
     for (int64_t c = begin; c < end; ++c) {
-      const double offset = sum[c] / double(count);
+      const double offset = sum[c] * per_count;
       means[c] = shifts[c] + offset;
-      variances[c] = std::max(0.0, squares[c] / double(count) - offset * offset);
+      variances[c] = std::max(0.0, squares[c] * per_count - offset * offset);
       finite &= squares[c] - squares[c] == 0;
     }
     for (int64_t c = begin; c < end && !finite; ++c)
@@ -236,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
         std::tie(means[c], variances[c]) = careful_statistics(p, args.x, c);
     for (int64_t c = begin; c < end; ++c) {
       running_means[c] = (1 - factor) * running_means[c] + factor * means[c];
-      running_vars[c] = (1 - factor) * running_vars[c] + factor * variances[c] * double(count) / double(count - 1);
+      running_vars[c] = (1 - factor) * running_vars[c] + factor * unbiased * variances[c];
       variances[c] = 1 / std::sqrt(variances[c] + eps);  // from here on the inverse standard deviation
     }
     if (running_mean_data) write(*running_mean, running_mean_data, running_means, begin, end);
@@ -331,12 +332,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   affine.give(args);
 
   void *grad_weight_data = grad_weight.mutable_data_ptr(), *grad_bias_data = grad_bias.mutable_data_ptr();
+  const double per_count = 1 / double(count);
   const auto nothing = [](int64_t, int64_t) {};
   const auto finish = [&](int64_t begin, int64_t end) {
     sums.read(begin, end, sum_g, sum_gx);
-    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_g[c] / double(count);
+    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_g[c] * per_count;
     mean_grad.set(per_value, begin, end);
-    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_gx[c] / double(count) * invstds[c] * invstds[c];
+    for (int64_t c = begin; c < end; ++c) per_value[c] = sum_gx[c] * per_count * invstds[c] * invstds[c];
     slope_grad.set(per_value, begin, end);
     if (!need_affine) return;
     for (int64_t c = begin; c < end; ++c) sum_gx[c] *= invstds[c];
