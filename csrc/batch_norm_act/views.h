@@ -128,29 +128,46 @@ inline int64_t plane_offset(const Problem& p, int64_t n, int64_t channel) {
   return (n * p.channels + channel) * p.inner;
 }
 
-// Adds the two sums of one plane to a and b. add(numbers, offset, a, b) adds the two terms of 16 values. The last
-// vector of a plane overlaps the one before it: there only the lanes that are `fresh` count. The plane `ahead` of this
-// one is fetched meanwhile: it lies where the hardware does not look for it.
+// Two running sums of one channel: terms go to lanes of S, those after p.flush of them to lanes of double.
+template <class S>
+struct PlaneSums {
+  Lanes<S> a = S(0), b = S(0);
+  Lanes<double> wide_a = 0.0, wide_b = 0.0;
+  int64_t terms = 0;
+
+  void flush() {
+    wide_a += widen(a);
+    wide_b += widen(b);
+    a = b = S(0);
+    terms = 0;
+  }
+};
+
+// Adds the two sums of one plane. add(numbers, offset, a, b) adds the two terms of 16 values. The last vector of a
+// plane overlaps the one before it: there only the lanes that are `fresh` count. The plane `ahead` of this one is
+// fetched meanwhile: it lies where the hardware does not look for it.
 template <class S, class Numbers, class Add>
-void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numbers& numbers, const Add& add,
-               const typename Lanes<S>::Mask& fresh, Lanes<double>& a, Lanes<double>& b) {
+inline void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numbers& numbers, const Add& add,
+                      const typename Lanes<S>::Mask& fresh, PlaneSums<S>& sums) {
   const int64_t whole = p.inner / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
-    Lanes<S> some_a(S(0)), some_b(S(0));
-    const int64_t room = i + p.flush * kLanes, stop = room < whole ? room : whole;
+    if (sums.terms >= p.flush) sums.flush();
+    const int64_t room = i + (p.flush - sums.terms) * kLanes, stop = room < whole ? room : whole;
+    sums.terms += (stop - i) / kLanes;
+    Lanes<S> a = sums.a, b = sums.b;
     for (; i < stop; i += kLanes) {
       add.fetch(start + i + ahead);
-      add(numbers, start + i, some_a, some_b);
+      add(numbers, start + i, a, b);
     }
-    if (i == whole && whole < p.inner) {
-      Lanes<S> last_a(S(0)), last_b(S(0));
-      add(numbers, start + p.inner - kLanes, last_a, last_b);
-      some_a += select(fresh, last_a, Lanes<S>(S(0)));
-      some_b += select(fresh, last_b, Lanes<S>(S(0)));
-    }
-    a += widen(some_a);
-    b += widen(some_b);
+    sums.a = a;
+    sums.b = b;
   }
+  if (whole == p.inner) return;
+  Lanes<S> a(S(0)), b(S(0));
+  add(numbers, start + p.inner - kLanes, a, b);
+  sums.a += select(fresh, a, Lanes<S>(S(0)));
+  sums.b += select(fresh, b, Lanes<S>(S(0)));
+  ++sums.terms;
 }
 
 // Work items are channels, or pieces of channels. Several channels go together, sample by sample: their planes are
@@ -162,32 +179,31 @@ void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, 
   for (int64_t item = begin; item < end; item += group) {
     const int64_t count = end - item < group ? end - item : group, piece = item % p.pieces, channel = item / p.pieces;
     const int64_t first = piece * p.batch / p.pieces, last = (piece + 1) * p.batch / p.pieces;
-    Lanes<double> a[kChannelsAtOnce], b[kChannelsAtOnce];
-    for (int64_t k = 0; k < count; ++k) a[k] = b[k] = Lanes<double>(0.0);
+    PlaneSums<S> sums[kChannelsAtOnce];
     for (int64_t n = first; n < last; ++n) {
       // The same channel of the next sample, or of the next channels' first sample.
       const int64_t ahead =
           n + 1 < last ? p.channels * p.inner : plane_offset(p, first, channel + count) - plane_offset(p, n, channel);
       for (int64_t k = 0; k < count; ++k) {
         const auto numbers = broadcast(Numbers<S>::at(args, channel + k));
-        sum_plane<S>(p, plane_offset(p, n, channel + k), ahead, numbers, add, fresh, a[k], b[k]);
+        sum_plane<S>(p, plane_offset(p, n, channel + k), ahead, numbers, add, fresh, sums[k]);
       }
     }
     for (int64_t k = 0; k < count; ++k) {
-      args.sums[2 * (item + k)] = sum_of_lanes(a[k]);
-      args.sums[2 * (item + k) + 1] = sum_of_lanes(b[k]);
+      sums[k].flush();
+      args.sums[2 * (item + k)] = sum_of_lanes(sums[k].wide_a);
+      args.sums[2 * (item + k) + 1] = sum_of_lanes(sums[k].wide_b);
     }
   }
 }
 
 // each(numbers, offset) handles 16 values of a plane. The last vector overlaps the one before it and writes the same.
 template <class S, template <class> class Numbers, class Args, class Each>
-void for_plane(const Problem& p, const Args& args, int64_t n, int64_t channel, const Each& each) {
+__attribute__((always_inline)) inline void for_plane(const Problem& p, const Args& args, int64_t n, int64_t channel,
+                                                     const Each& each) {
   const auto numbers = broadcast(Numbers<S>::at(args, channel));
-  const int64_t start = plane_offset(p, n, channel);
-  int64_t i = 0;
-  for (; i + kLanes <= p.inner; i += kLanes) each(numbers, start + i);
-  if (i < p.inner) each(numbers, start + p.inner - kLanes);
+  const int64_t start = plane_offset(p, n, channel), last = start + p.inner - kLanes;
+  for (int64_t i = start; i < last + kLanes; i += kLanes) each(numbers, i < last ? i : last);
 }
 
 // Work items are planes, channel by channel; whole channels go sample by sample, as above. From the last to the first:

@@ -303,13 +303,17 @@ inline Lanes<double> widen(const Lanes<float>& value) {
   return out;
 }
 
-// Fixed tree: lane i with lane i + 8, then + 4, + 2, + 1.
+// Fixed tree: lane i with lane i + 8, then + 4, + 2, + 1; the first levels by whole vectors.
 inline double sum_of_lanes(const Lanes<double>& value) {
-  double sums[kLanes];
-  __builtin_memcpy(sums, value.part, sizeof sums);
-  for (int width = kLanes / 2; width >= 1; width /= 2)
-    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-  return sums[0];
+  constexpr int kParts = Lanes<double>::kParts, kPerPart = Lanes<double>::kPerPart;
+  Lanes<double> sum = value;
+  for (int width = kParts / 2; width >= 1; width /= 2)
+    for (int p = 0; p < width; ++p) sum.part[p] += sum.part[p + width];
+  double lanes[kPerPart];
+  __builtin_memcpy(lanes, &sum.part[0], sizeof lanes);
+  for (int width = kPerPart / 2; width >= 1; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
 }
 
 }  // namespace deepops::DEEPOPS_ISA
