@@ -14,6 +14,10 @@ using Problem = BatchNormActProblem;
 using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 
+// Each walk is a function of its own, so that the compiler spends its whole budget for inlining on one loop.
+#define DEEPOPS_WALK __attribute__((noinline))
+#define DEEPOPS_INLINE __attribute__((always_inline)) inline
+
 inline constexpr int kChannelsAtOnce = 16;  // neighbouring planes that a reduction takes together
 // Vectors side by side in the rows view of a reduction: as many as the registers hold, numbers and sums together.
 inline constexpr int kReductionTiles = kVectorBytes == 64 ? 4 : 2;
@@ -147,8 +151,8 @@ struct PlaneSums {
 // plane overlaps the one before it: there only the lanes that are `fresh` count. The plane `ahead` of this one is
 // fetched meanwhile: it lies where the hardware does not look for it.
 template <class S, class Numbers, class Add>
-inline void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numbers& numbers, const Add& add,
-                      const typename Lanes<S>::Mask& fresh, PlaneSums<S>& sums) {
+DEEPOPS_INLINE void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numbers& numbers, const Add& add,
+                              const typename Lanes<S>::Mask& fresh, PlaneSums<S>& sums) {
   const int64_t whole = p.inner / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
     if (sums.terms >= p.flush) sums.flush();
@@ -173,7 +177,7 @@ inline void sum_plane(const Problem& p, int64_t start, int64_t ahead, const Numb
 // Work items are channels, or pieces of channels. Several channels go together, sample by sample: their planes are
 // neighbours in memory.
 template <class S, template <class> class Numbers, class Args, class Add>
-void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+DEEPOPS_WALK void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
   const auto fresh = lane_numbers<S>() >= Lanes<S>(S(kLanes - p.inner % kLanes));
   const int64_t group = p.pieces == 1 ? kChannelsAtOnce : 1;
   for (int64_t item = begin; item < end; item += group) {
@@ -198,26 +202,24 @@ void sum_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, 
 }
 
 // each(numbers, offset) handles 16 values of a plane. The last vector overlaps the one before it and writes the same.
-template <class S, template <class> class Numbers, class Args, class Each>
-__attribute__((always_inline)) inline void for_plane(const Problem& p, const Args& args, int64_t n, int64_t channel,
-                                                     const Each& each) {
-  const auto numbers = broadcast(Numbers<S>::at(args, channel));
-  const int64_t start = plane_offset(p, n, channel), last = start + p.inner - kLanes;
-  for (int64_t i = start; i < last + kLanes; i += kLanes) each(numbers, i < last ? i : last);
-}
-
+//
 // Work items are planes, channel by channel; whole channels go sample by sample, as above. From the last to the first:
 // what the pass before this one touched last is still in the cache.
 template <class S, template <class> class Numbers, class Args, class Each>
-void for_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  if (begin % p.batch == 0 && end % p.batch == 0) {
-    for (int64_t n = p.batch - 1; n >= 0; --n)
-      for (int64_t channel = begin / p.batch; channel < end / p.batch; ++channel)
-        for_plane<S, Numbers>(p, args, n, channel, each);
-    return;
+DEEPOPS_WALK void for_planes(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each_) {
+  const Each each = each_;  // a copy that no store can alias, so that it stays in registers; as the next line
+  const int64_t batch = p.batch, channels = p.channels, inner = p.inner;
+  const auto plane = [&](int64_t n, int64_t channel) __attribute__((always_inline)) {
+    const auto numbers = broadcast(Numbers<S>::at(args, channel));
+    const int64_t start = (n * channels + channel) * inner, last = start + inner - kLanes;
+    for (int64_t i = start; i < last + kLanes; i += kLanes) each(numbers, i < last ? i : last);
+  };
+  if (begin % batch == 0 && end % batch == 0) {
+    for (int64_t n = batch - 1; n >= 0; --n)
+      for (int64_t channel = begin / batch; channel < end / batch; ++channel) plane(n, channel);
+  } else {
+    for (int64_t item = end - 1; item >= begin; --item) plane(item % batch, item / batch);
   }
-  for (int64_t item = end - 1; item >= begin; --item)
-    for_plane<S, Numbers>(p, args, item % p.batch, item / p.batch, each);
 }
 
 // ---- walking the rows view ------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ inline RowPiece row_piece(const Problem& p, int64_t item) {
 // Rows go in small groups, columns in tiles of a few vectors, so that the numbers of a tile stay in registers.
 // tile<tiles>(row, count, column) handles one of them.
 template <int tiles, class Tile>
-void for_tiles(const Problem& p, int64_t row, int64_t last, int64_t group, const Tile& tile) {
+DEEPOPS_INLINE void for_tiles(const Problem& p, int64_t row, int64_t last, int64_t group, const Tile& tile) {
   for (; row < last; row += group) {
     const int64_t count = last - row < group ? last - row : group;
     int64_t column = 0;
@@ -249,7 +251,7 @@ void load_numbers(const Args& args, int64_t column, Numbers<Lanes<S>> (&numbers)
 }
 
 template <class S, int tiles, template <class> class Numbers, class Args, class Add>
-void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
+DEEPOPS_WALK void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Add& add) {
   for (int64_t item = begin; item < end; ++item) {
     double* sums = args.sums + item * 2 * p.columns;
     for (int64_t j = 0; j < 2 * p.columns; ++j) sums[j] = 0;
@@ -263,47 +265,56 @@ void sum_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, co
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for_tiles<tiles>(p, piece.first, piece.last, p.flush, [&]<int width>(int64_t row, int64_t count, int64_t column) {
-      Lanes<S> a[width], b[width];
-      Numbers<Lanes<S>> numbers[width];
-      load_numbers<S>(args, column, numbers);
-      for (int t = 0; t < width; ++t) a[t] = b[t] = Lanes<S>(S(0));
-      // Fetched ahead: the same columns some rows on, at the end the first rows of the next tile.
-      const bool last_tile = column + width * kLanes >= p.columns;
-      const int64_t wrap = last_tile ? -column : width * kLanes - count * p.columns;
-      for (int64_t r = row; r < row + count; ++r) {
-        const int64_t ahead = kRowsAhead * p.columns + (r + kRowsAhead < row + count ? 0 : wrap);
-        _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t) {
-          const int64_t i = r * p.columns + column + t * kLanes;
-          add.fetch(i + ahead);
-          add(numbers[t], i, a[t], b[t]);
-        }
-      }
-      for (int t = 0; t < width; ++t) {
-        double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
-        store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
-        store_lanes(sum_b, load_lanes(sum_b) + widen(b[t]));
-      }
-    });
+    for_tiles<tiles>(p, piece.first, piece.last, p.flush,
+                     [&]<int width>(int64_t row, int64_t count, int64_t column) __attribute__((always_inline)) {
+                       Lanes<S> a[width], b[width];
+                       Numbers<Lanes<S>> numbers[width];
+                       load_numbers<S>(args, column, numbers);
+                       for (int t = 0; t < width; ++t) a[t] = b[t] = Lanes<S>(S(0));
+                       // Fetched ahead: the same columns some rows on, at the end the first rows of the next tile.
+                       const bool last_tile = column + width * kLanes >= p.columns;
+                       const int64_t wrap = last_tile ? -column : width * kLanes - count * p.columns;
+                       for (int64_t r = row; r < row + count; ++r) {
+                         const int64_t ahead = kRowsAhead * p.columns + (r + kRowsAhead < row + count ? 0 : wrap);
+                         _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t) {
+                           const int64_t i = r * p.columns + column + t * kLanes;
+                           add.fetch(i + ahead);
+                           add(numbers[t], i, a[t], b[t]);
+                         }
+                       }
+                       for (int t = 0; t < width; ++t) {
+                         double *sum_a = sums + column + t * kLanes, *sum_b = sum_a + p.columns;
+                         store_lanes(sum_a, load_lanes(sum_a) + widen(a[t]));
+                         store_lanes(sum_b, load_lanes(sum_b) + widen(b[t]));
+                       }
+                     });
   }
 }
 
-template <class S, int tiles, template <class> class Numbers, class Args, class Each>
-void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
+template <class S, template <class> class Numbers, class Args, class Each>
+DEEPOPS_WALK void for_rows(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each_) {
+  const Each each = each_;  // see for_planes
+  const int64_t columns = p.columns;
   for (int64_t item = end - 1; item >= begin; --item) {  // backwards: see for_planes
     if (item == p.pieces) {
-      for (int64_t j = 0; j < p.tail; ++j) each(Numbers<S>::at(args, j), p.rows * p.columns + j);
+      for (int64_t j = 0; j < p.tail; ++j) each(Numbers<S>::at(args, j), p.rows * columns + j);
       continue;
     }
     const RowPiece piece = row_piece(p, item);
-    for_tiles<tiles>(p, piece.first, piece.last, p.rows_at_once,
-                     [&]<int width>(int64_t row, int64_t count, int64_t column) {
-                       Numbers<Lanes<S>> numbers[width];
-                       load_numbers<S>(args, column, numbers);
-                       for (int64_t r = row; r < row + count; ++r)
-                         _Pragma("GCC unroll 8") for (int t = 0; t < width; ++t)
-                             each(numbers[t], r * p.columns + column + t * kLanes);
-                     });
+    for (int64_t row = piece.first, stop; row < piece.last; row = stop) {
+      stop = row + p.rows_at_once < piece.last ? row + p.rows_at_once : piece.last;
+      int64_t column = 0;
+      for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {  // two vectors side by side: more hinder fetching
+        const auto left = Numbers<Lanes<S>>::at(args, column), right = Numbers<Lanes<S>>::at(args, column + kLanes);
+        for (int64_t i = row * columns + column; i < stop * columns; i += columns) {
+          each(left, i);
+          each(right, i + kLanes);
+        }
+      }
+      if (column == columns) continue;
+      const auto numbers = Numbers<Lanes<S>>::at(args, column);
+      for (int64_t i = row * columns + column; i < stop * columns; i += columns) each(numbers, i);
+    }
   }
 }
 
@@ -314,7 +325,7 @@ void sum(const Problem& p, const Args& args, int64_t begin, int64_t end, const A
 }
 template <class S, template <class> class Numbers, class Args, class Each>
 void for_all(const Problem& p, const Args& args, int64_t begin, int64_t end, const Each& each) {
-  p.planar ? for_planes<S, Numbers>(p, args, begin, end, each) : for_rows<S, 2, Numbers>(p, args, begin, end, each);
+  p.planar ? for_planes<S, Numbers>(p, args, begin, end, each) : for_rows<S, Numbers>(p, args, begin, end, each);
 }
 
 }  // namespace deepops::DEEPOPS_ISA
