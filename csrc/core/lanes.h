@@ -127,22 +127,11 @@ inline Lanes<float> shift_left_into_exponent(const Lanes<float>& value) {
 
 // ---- 16-bit conversions ---------------------------------------------------------------------------------------------
 
-// U is uint32_t or a vector of them; select_bits(mask, a, b) with masks that are all ones or zero.
-template <class U>
-U select_bits(U mask, U yes, U no) {
-  return (yes & mask) | (no & ~mask);
-}
-inline uint32_t all_ones_if(bool condition) { return condition ? ~0u : 0u; }
-template <class V>
-V all_ones_if(V condition) {
-  return condition;
-}
-
-// Round to nearest even; every NaN becomes the quiet 0x7fc0, as in torch.
+// U is uint32_t or a vector of them. Round to nearest even; every NaN becomes the quiet 0x7fc0, as in torch.
 template <class U>
 U bfloat16_bits_of(U bits) {
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return select_bits<U>(all_ones_if((bits & 0x7fffffffu) > 0x7f800000u), U{} + 0x7fc0u, rounded);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
 }
 
 inline float to_float(core::BFloat16 value) { return __builtin_bit_cast(float, uint32_t(value.bits) << 16); }
@@ -183,7 +172,7 @@ inline void store(float* p, float value) { *p = value; }
 inline void store(double* p, double value) { *p = value; }
 inline void store(core::Half* p, float value) { *p = to_half(value); }
 inline void store(core::BFloat16* p, float value) {
-  *p = {uint16_t(bfloat16_bits_of<uint32_t>(__builtin_bit_cast(uint32_t, value)))};
+  *p = {uint16_t(bfloat16_bits_of(__builtin_bit_cast(uint32_t, value)))};
 }
 
 // Part by part: one memcpy of the whole array would go through the stack.
@@ -242,10 +231,7 @@ inline Lanes<float> load_lanes(const core::BFloat16* p) {
 inline void store_lanes(core::BFloat16* p, const Lanes<float>& value) {
   constexpr int kParts = Lanes<float>::kParts, kPerPart = Lanes<float>::kPerPart;
   DEEPOPS_FOR_PARTS(k) {
-    const U32Part bits = (U32Part)value.part[k];
-    const U32Part nan = (U32Part)((bits & 0x7fffffffu) > 0x7f800000u);
-    const U32Part rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const U16Part narrow = __builtin_convertvector(select_bits<U32Part>(nan, U32Part{} + 0x7fc0u, rounded), U16Part);
+    const U16Part narrow = __builtin_convertvector(bfloat16_bits_of((U32Part)value.part[k]), U16Part);
     __builtin_memcpy(p + k * kPerPart, &narrow, sizeof narrow);
   }
 }
