@@ -1,4 +1,4 @@
-"""The convolution block inside the course CNN: its training step in fp32 and fp16, and what a block saves for backward.
+"""The convolution block inside the course CNN: its training step by precision, and what a block saves for backward.
 
 The baseline is the loop of the course module as any user would write it, with stock layers and stock Adam.
 """
@@ -19,11 +19,11 @@ BATCH = 32
 
 
 def training_step(side: str, precision: torch.dtype) -> Callable[[], float]:
-    """One step of the course's loop: forward, loss, backward, update. fp16 means autocast with a gradient scaler.
+    """One step of the course's loop: forward, loss, backward, update.
 
     Args:
         side: ``"stock"`` or ``"deepops"``; both start from the same weights.
-        precision: ``torch.float32`` or ``torch.float16``.
+        precision: ``torch.float32``; ``torch.bfloat16``: autocast; ``torch.float16``: autocast with a gradient scaler.
     """
     model = build_pair("cnn", seed=0)[side].train()
     optimizer = OPTIMIZERS["adam"].build(side, model.parameters())
@@ -58,13 +58,17 @@ def block_bytes(module: nn.Module, inputs: int, size: int) -> Callable[[], float
 
 def cases() -> Iterator[Case]:
     """Training steps, then bytes."""
-    for name, precision, goal, seconds in (("fp32", torch.float32, 1.3, 6.0), ("fp16", torch.float16, 10, 6.0)):
+    for name, precision, goal in (
+        ("fp32", torch.float32, 1.3),
+        ("bf16", torch.bfloat16, None),
+        ("fp16", torch.float16, 10),
+    ):
         yield Case(
             f"course CNN, batch {BATCH}",
             f"training step {name}",
             {"torch": training_step("stock", precision), "deepops": training_step("deepops", precision)},
             goal=goal,
-            seconds=seconds,
+            seconds=6.0,
         )
     for inputs, outputs, size in ((1, 32, 28), (32, 64, 14)):
         stock = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
