@@ -25,7 +25,7 @@ namespace deepops {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kValuesPerThread = 32768;  // less work than this does not pay for waking a thread
+constexpr int64_t kValuesPerThread = 8192;   // less work than this does not pay for waking a thread
 constexpr int64_t kTogetherAbove = 1 << 21;  // planar values that the cache will not hold from one pass to the next
 constexpr int64_t kStreamAbove = 16 << 20;   // bytes of an elementwise pass that do not stay in the cache anyway
 constexpr int64_t kFreshAbove = 32 << 20;    // bytes of a tensor that the C library takes from the kernel, page by page
