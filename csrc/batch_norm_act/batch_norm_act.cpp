@@ -32,7 +32,9 @@ constexpr int64_t kFreshAbove = 32 << 20;    // bytes of a tensor that the C lib
 constexpr int64_t kRowTurn = 256;            // columns above which large data is taken row by row
 constexpr int64_t kValuesPerBlock = 65536;   // channels that go through both passes together, half a level-2 cache
 constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
-constexpr int64_t kValuesPerPiece = 32768;   // one work item of a statistics pass
+// Additions in single precision before a sum goes to double. The terms of a gradient cancel: their errors show sooner.
+constexpr int kStatisticsFlush = 32, kGradientFlush = 16;
+constexpr int64_t kValuesPerPiece = 32768;  // one work item of a statistics pass
 
 const BatchNormActKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(batch_norm_act_kernels); }
 
@@ -56,7 +58,8 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, double negative_slope) {
+BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, double negative_slope,
+                               int flush = kStatisticsFlush) {
   core::check_cpu(x, "batch_norm_act", "x");
   STD_TORCH_CHECK(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
   BatchNormActProblem p{};
@@ -74,7 +77,7 @@ BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, d
 
   const int64_t count = p.batch * p.inner;
   p.exact = count <= kExactBelow;
-  p.flush = p.exact ? 1 : p.dtype <= DataType::f64 ? 32 : 8;
+  p.flush = p.exact ? 1 : p.dtype <= DataType::f64 ? flush : std::min(flush, 8);
   const bool channels_adjacent = !contiguous || p.inner == 1;
   p.next_channel = channels_adjacent ? 1 : p.inner;
   p.samples = std::min<int64_t>(count, std::size(p.sample_offset));
@@ -287,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
                                                         Tensor invstd, bool training, std::string activation,
                                                         double negative_slope, bool need_x, bool need_residual,
                                                         bool need_affine) {
-  const BatchNormActProblem p = problem_of(x, activation, negative_slope);
+  const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
   core::check_same_layout(grad_y, x, "batch_norm_act_backward", "grad_y");
   core::check_same_layout(kept, x, "batch_norm_act_backward", "kept");
