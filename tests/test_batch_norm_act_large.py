@@ -1,4 +1,4 @@
-"""Sizes at which the CPU kernels change their way: large results that are stored past the caches, rows taken one by one,
+"""Sizes at which the CPU kernels change their way: large results are stored past the caches, long rows taken one by one;
 many planes a channel, many channels after few.
 
 A large case must equal, bit for bit, its samples taken one at a time: those are small, so they go the ordinary way.
@@ -15,7 +15,7 @@ from bn_cases import FORMATS, Pools, backward, evaluate, make_case, train
 from deepops._library import _C
 from deepops.testing import isas
 
-# 2.2 M values each; the channels decide how the rows view walks, 33 that a planar channel has no whole vectors.
+# 2.2 M values each: short rows, long rows, planes that are no whole number of vectors (those are not streamed).
 SHAPES = [(4, 32, 132, 132), (6, 512, 28, 28), (3, 8, 301, 309)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
