@@ -1,4 +1,4 @@
-"""Sizes at which the CPU kernels change their way: large results are stored past the caches, long rows taken one by one;
+"""Sizes at which the CPU kernels change their way: large results are stored past the caches, long rows taken singly;
 many planes a channel, many channels after few.
 
 A large case must equal, bit for bit, its samples taken one at a time: those are small, so they go the ordinary way.
