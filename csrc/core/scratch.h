@@ -1,11 +1,11 @@
-// Memory that an op needs only while it runs, kept by the thread for its next call. Vectors from the heap would cost
-// small tensors a sixth of their time, and they leave holes beside the outputs, which then move about in memory:
-// measured 50 page faults, 3 us each, per call on 3 MB of data.
+// Memory that an op needs only while it runs, kept by the thread for its next call. Vectors from the heap leave holes
+// beside the outputs, which then move about in memory. Measured for a training forward of 3 MB: 69 page faults of 3 us
+// a call with them, 4 without; on tensors of a few values, together with core/allocate.h, 5.7 us instead of 7.6 us.
 #pragma once
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <span>
 #include <vector>
 
@@ -21,8 +21,9 @@ class Scratch {
     spilled_.clear();
     if (used_ > kLargestKept) return;
     Kept& kept = kept_by_thread();
-    kept.size = used_;
-    kept.bytes.reset(new std::byte[used_]);
+    kept.bytes.reset();
+    kept.bytes.reset(new (std::nothrow) std::byte[used_]);
+    kept.size = kept.bytes ? used_ : 0;
   }
 
   template <class T>
