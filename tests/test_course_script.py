@@ -10,7 +10,7 @@ import torch
 from deepops.testing import ErrorPool, use_threads
 
 STOCK = (Path(__file__).parent / "course_script.py").read_text()
-SEEDS = range(4)
+SEEDS = range(6)
 SWAPS = {
     "nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())": (
         "deepops.nn.ConvBNReLU2d(inputs, outputs, 3, padding=1, bias=True)"
@@ -36,12 +36,16 @@ ORACLE = edit(STOCK, DOUBLE)
 
 
 def losses(script: str, seed: int, folder: Path) -> torch.Tensor:
-    """The losses of the script's first eight steps; later, Adam amplifies rounding in whatever implementation."""
+    """The losses of the script's first six steps.
+
+    Later, Adam amplifies the rounding of whatever implementation: after eight steps the largest error of 14 seeds is
+    1.2e-5 on both sides, that of a single seed up to 28 times the other side's.
+    """
     path = folder / "script.py"
     path.write_text(edit(script, {"manual_seed(0)": f"manual_seed({seed})"}))
     with torch.random.fork_rng(), use_threads(1):  # one: the order of sums is the same on every machine
         values = runpy.run_path(str(path))["losses"]
-    return torch.tensor(values[:8], dtype=torch.float64 if script is ORACLE else torch.float32)
+    return torch.tensor(values[:6], dtype=torch.float64 if script is ORACLE else torch.float32)
 
 
 @pytest.fixture(scope="module")
