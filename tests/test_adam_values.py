@@ -167,6 +167,20 @@ def test_same_bits_in_any_order_and_grouping():
     assert_same_bits(ours, other)
 
 
+def test_groups_with_other_options_at_the_same_step():
+    """As if each group had an optimizer of its own: neither options nor what is derived from them are shared."""
+    together, alone = ([make([(5,), (100,)], seed=seed) for seed in range(len(OPTIONS))] for _ in range(2))
+    a = Adam([{"params": params, **options} for params, options in zip(together, OPTIONS, strict=True)])
+    others = [Adam(params, **options) for params, options in zip(alone, OPTIONS, strict=True)]
+    for step in range(3):
+        for params, same, b in zip(together, alone, others, strict=True):
+            give_grads(params, same, seed=step)
+            b.step()
+        a.step()
+    for params, same, b in zip(together, alone, others, strict=True):
+        assert_same_bits(everything(a, params), everything(b, same))
+
+
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
 
