@@ -305,13 +305,19 @@ def test_interrupt_ends_within_a_step(tiny: str, tmp_path: Path) -> None:
         assert side.epochs[1].loss == side.losses[2]
 
 
-def test_second_interrupt_ends_at_once() -> None:
-    with stop_on_interrupt() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["usual", "in the background"])
+def test_second_interrupt_ends_at_once(before: Any) -> None:
+    """What was done with the signal before is done again after."""
+    outer = signal.signal(signal.SIGINT, before)
+    try:
+        with stop_on_interrupt() as stop:
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert stop.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, outer)
 
 
 def test_interrupt_before_training_is_one_line(monkeypatch: Any, capsys: Any) -> None:
