@@ -40,7 +40,7 @@ if hasattr(torch.ops.deepops, "batch_norm_act_train"):
 # Looked up once: a dictionary is something torch.compile can trace.
 _KERNEL_ON = {device: has_kernel("batch_norm_act_train", device) for device in ("cpu", "cuda")}
 _warned: set[str] = set()
-# Function.apply first asks whether torch.func is at work. _kernel_applies has asked already: 4 us less a call.
+# Function.apply first asks whether torch.func is at work. _sees_all has asked already: 4 us less a call.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormAct).apply
 _traceable_apply: Callable[..., Tensor] = BatchNormAct.apply
 
@@ -265,6 +265,8 @@ def _run(
     training, momentum, eps, activation, negative_slope, approximate = settings
     if approximate == "tanh" and activation == "gelu":
         activation = "gelu_tanh"
+    statistics = (running_mean, running_var, num_batches_tracked)
+    numbers = (momentum, eps, activation, negative_slope)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -273,35 +275,9 @@ def _run(
         or (shift is not None and shift.requires_grad)
     ):
         apply = _traceable_apply if torch.compiler.is_compiling() else _apply
-        y = apply(
-            x,
-            residual,
-            weight,
-            bias,
-            shift,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            activation,
-            negative_slope,
-        )
+        y = apply(x, residual, weight, bias, shift, *statistics, training, *numbers)
     elif training:
-        y = torch.ops.deepops.batch_norm_act_train.default(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            momentum,
-            eps,
-            activation,
-            negative_slope,
-        )[0]
+        y = torch.ops.deepops.batch_norm_act_train.default(x, residual, weight, bias, *statistics, *numbers)[0]
     else:
         assert running_var is not None
         invstd = inverse_std(running_var, eps)
@@ -310,7 +286,7 @@ def _run(
         )
     if training:
         if not torch.compiler.is_compiling():
-            _count_writes(running_mean, running_var, num_batches_tracked)
+            _count_writes(*statistics)
         if shift is not None and running_mean is not None:
             _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
     return y

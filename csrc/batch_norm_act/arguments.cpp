@@ -42,14 +42,13 @@ class BatchNormActArguments {
   // True: the compiled ops take all of these as they are. False: somebody has to look closer.
   bool fit(py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle running_mean,
            py::handle running_var, py::handle num_batches_tracked, bool training) const {
-    TensorView data, other;
+    TensorView data;
     DataType type;
     if (!read(x, data) || data.dims < 2 || !core::data_type(data, type)) return false;
     if (!is_contiguous(data) && !is_channels_last(data)) return false;
     const int64_t channels = data.sizes[1], count = data.numel();
     if (count == 0 || (training && count == channels)) return false;
-    if (!residual.is_none() && !(read(residual, other) && data.same_kind(other) && data.same_strides(other)))
-      return false;
+    if (!residual.is_none() && !same_layout(residual, x)) return false;
     const int bits = type == DataType::f64 ? 64 : 32;
     for (py::handle vector : {weight, bias, running_mean, running_var})
       if (!vector.is_none() && !is_vector(vector, channels, bits)) return false;
