@@ -1,5 +1,7 @@
 """Values of deepops.optim.Adam: against the fp64 oracle and torch, the same bits always, in any memory layout."""
 
+import math
+
 import pytest
 import torch
 from adam_cases import (
@@ -127,6 +129,35 @@ def test_same_bits_on_every_instruction_set(options, dtype):
         results.append(everything(optimizer, params))
     for other in results[1:]:
         assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999, 1 - 2.0**-20])
+def test_division_by_the_bias_correction_is_exact(beta2, dtype):
+    """Where there is a fused multiply-add the kernel divides without a division. Baseline x86-64 has none."""
+    info = torch.finfo(dtype)
+    torch.manual_seed(0)
+    # exp_avg_sq: every exponent, mantissas at random and at their ends; then what is not an ordinary number.
+    exponents = torch.linspace(math.log2(info.tiny), math.log2(info.max) - 1, 1 << 16, dtype=torch.float64)
+    ordinary = (2.0**exponents * (1 + torch.rand(1 << 16, dtype=torch.float64))).to(dtype)
+    special = torch.tensor([0.0, info.smallest_normal / 8, info.max, math.inf, math.nan, -1.0], dtype=dtype)
+    one_ulp = torch.tensor([1.0, 1 + info.eps, 1 - info.eps / 2, 4 - 2 * info.eps], dtype=dtype)
+    exp_avg_sq = torch.cat([ordinary, special, one_ulp])
+    exp_avg = exp_avg_sq.sqrt() * (1 + torch.rand_like(exp_avg_sq))
+    results = []
+    for isa in testing.isas():
+        param = torch.zeros_like(exp_avg_sq).requires_grad_()
+        param.grad = torch.zeros_like(param)
+        optimizer = Adam([param], lr=1.0, betas=(0.5, beta2), eps=1e-30)
+        for step in (0.0, 1.0, 7.0):
+            state = {"step": torch.tensor(step), "exp_avg": exp_avg.clone(), "exp_avg_sq": exp_avg_sq.clone()}
+            optimizer.state[param] = state
+            with testing.use_isa(isa):
+                optimizer.step()
+        results.append(param.detach())
+    assert beta2 == 0.0 or len(results[0].unique()) > 1000
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
