@@ -111,13 +111,6 @@ Lanes<S> lane_numbers() {
   return out;
 }
 
-// ---- bits of floats: scalar and lanes under one name, so that formulas are written once
-// ------------------------------
-
-inline float shift_left_into_exponent(float value) {
-  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, value) << 23);
-}
-
 inline Lanes<float> shift_left_into_exponent(const Lanes<float>& value) {
   constexpr int kParts = Lanes<float>::kParts;
   Lanes<float> out;

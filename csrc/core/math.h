@@ -1,14 +1,18 @@
-// Elementary functions, written once: for one value (V = float or double; host and device) and for Lanes (V = Lanes<S>,
-// core/lanes.h, to be included first). They live in the namespace of the instruction set they are compiled for.
+// Elementary functions, written once: for one value (V = float or double; host and device) and, in CPU kernels, for
+// Lanes (V = Lanes<S>, core/lanes.h, to be included first). They live in the namespace of what they are compiled for.
 #pragma once
+#include <cstdint>
 
 #ifndef DEEPOPS_ISA
 #define DEEPOPS_ISA isa_generic
 #endif
 #ifdef __CUDACC__
+#include <cmath>
 #define DEEPOPS_HD __host__ __device__ inline
+#define DEEPOPS_LIBM(name) ::name
 #else
 #define DEEPOPS_HD inline
+#define DEEPOPS_LIBM(name) __builtin_##name  // no std header: see core/dtype.h
 #endif
 
 namespace deepops::DEEPOPS_ISA {
@@ -21,7 +25,7 @@ template <class V>
 struct ScalarOf {
   using Type = V;
 };
-#ifndef __CUDACC__
+#ifndef DEEPOPS_GPU
 template <class S>
 struct ScalarOf<Lanes<S>> {
   using Type = S;
@@ -30,6 +34,10 @@ struct ScalarOf<Lanes<S>> {
 template <class V>
 DEEPOPS_HD V constant(double value) {
   return V(static_cast<typename ScalarOf<V>::Type>(value));
+}
+
+DEEPOPS_HD float shift_left_into_exponent(float value) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, value) << 23);
 }
 
 // c[0] + c[1] x + ... + c[n-1] x^(n-1), by Horner's rule.
@@ -69,11 +77,11 @@ DEEPOPS_HD V normal_cdf_single(V x) {
 }
 
 DEEPOPS_HD float exp(float x) { return exp_single(x); }
-DEEPOPS_HD double exp(double x) { return __builtin_exp(x); }
+DEEPOPS_HD double exp(double x) { return DEEPOPS_LIBM(exp)(x); }
 DEEPOPS_HD float normal_cdf(float x) { return normal_cdf_single(x); }
-DEEPOPS_HD double normal_cdf(double x) { return 0.5 * __builtin_erfc(x * -0.70710678118654752440); }
+DEEPOPS_HD double normal_cdf(double x) { return 0.5 * DEEPOPS_LIBM(erfc)(x * -0.70710678118654752440); }
 
-#ifndef __CUDACC__
+#ifndef DEEPOPS_GPU
 inline Lanes<float> exp(const Lanes<float>& x) { return exp_single(x); }
 inline Lanes<float> normal_cdf(const Lanes<float>& x) { return normal_cdf_single(x); }
 // Double precision is for checks, not for speed: libm, lane by lane.

@@ -16,10 +16,10 @@
 
 namespace deepops::DEEPOPS_ISA {
 
-DEEPOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
-DEEPOPS_HD double square_root(double x) { return __builtin_sqrt(x); }
-DEEPOPS_HD float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-DEEPOPS_HD double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+DEEPOPS_HD float square_root(float x) { return DEEPOPS_LIBM(sqrtf)(x); }
+DEEPOPS_HD double square_root(double x) { return DEEPOPS_LIBM(sqrt)(x); }
+DEEPOPS_HD float fused_multiply_add(float a, float b, float c) { return DEEPOPS_LIBM(fmaf)(a, b, c); }
+DEEPOPS_HD double fused_multiply_add(double a, double b, double c) { return DEEPOPS_LIBM(fma)(a, b, c); }
 
 // One divisor of many numbers.
 template <class T>
@@ -34,7 +34,7 @@ struct Divisor {
 // 2004), in a third of a division's time. The remainder is NaN where x is not finite.
 template <class V, class T>
 DEEPOPS_HD V divide(V x, const Divisor<T>& d) {
-#if defined(__FMA__) && !defined(__CUDACC__)
+#if defined(__FMA__) && !defined(DEEPOPS_GPU)
   const V quotient = x * d.reciprocal;
   const V remainder = fused_multiply_add(T(-1) * quotient, V(d.value), x);
   const V mended = fused_multiply_add(remainder, V(d.reciprocal), quotient);

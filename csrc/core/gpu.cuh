@@ -1,0 +1,374 @@
+// The portability layer of the GPU kernels: the only file that knows whether it is CUDA.
+//
+// nvcc compiles the .cu files for the GPU. With DEEPOPS_SIMT, g++ compiles the very same files, launch code included,
+// for the executor in tests/simt, which runs one fiber per CUDA thread on CPU tensors and checks and counts what the
+// kernels do. Kernels may use nothing but what is here (`make lint`): a raw __shared__ would silently become a local
+// variable under g++, and a plain dereference of global memory would be neither checked nor counted.
+//
+// Blocks and grids have one dimension. `Here` parameters are never given: they tell the executor where a call stands.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+#define DEEPOPS_GPU
+#define DEEPOPS_ISA isa_gpu
+
+#ifdef DEEPOPS_SIMT
+#include <cmath>
+
+#include "simt/simt.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace deepops::gpu {
+
+constexpr int kWarp = 32;
+constexpr int kPackBytes = 16;
+
+// ---- what differs: nvcc ---------------------------------------------------------------------------------------------
+
+#ifndef DEEPOPS_SIMT
+
+struct Here {};
+#define DEEPOPS_HERE \
+  ::deepops::gpu::Here {}
+
+// DEEPOPS_KERNEL(threads) name(arguments) {...}: a kernel that is launched with blocks of `threads` threads.
+#define DEEPOPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define DEEPOPS_DEVICE __device__ __forceinline__
+
+DEEPOPS_DEVICE int thread() { return int(threadIdx.x); }  // in its block
+DEEPOPS_DEVICE int block() { return int(blockIdx.x); }    // in the grid
+DEEPOPS_DEVICE int blocks() { return int(gridDim.x); }
+
+namespace detail {
+template <class V>
+DEEPOPS_DEVICE V load(const void* p, Here) {
+  return *static_cast<const V*>(p);
+}
+template <class V>
+DEEPOPS_DEVICE V load_fresh(const void* p, Here) {
+  return __ldcg(static_cast<const V*>(p));
+}
+template <class V>
+DEEPOPS_DEVICE void store(void* p, V value, Here) {
+  *static_cast<V*>(p) = value;
+}
+}  // namespace detail
+using Bits16 = int4;  // 16 bytes that move at once
+
+// Waits for all threads of the block; what they wrote to memory before is visible after.
+DEEPOPS_DEVICE void barrier(Here = DEEPOPS_HERE) { __syncthreads(); }
+DEEPOPS_DEVICE void warp_barrier(Here = DEEPOPS_HERE) { __syncwarp(); }
+// Orders this thread's writes before its later ones, for all threads of the device.
+DEEPOPS_DEVICE void fence() { __threadfence(); }
+// Adds to *counter, returns what was there before.
+DEEPOPS_DEVICE unsigned atomic_add(unsigned* counter, unsigned value, Here = DEEPOPS_HERE) {
+  return atomicAdd(counter, value);
+}
+
+// All 32 lanes of the warp must call. T: 4 or 8 bytes.
+template <class T>
+DEEPOPS_DEVICE T shuffle_xor(T value, int lane_mask, Here = DEEPOPS_HERE) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+template <class T>
+DEEPOPS_DEVICE T shuffle(T value, int source_lane, Here = DEEPOPS_HERE) {
+  return __shfl_sync(0xffffffffu, value, source_lane);
+}
+// One bit per lane.
+DEEPOPS_DEVICE unsigned ballot(bool condition, Here = DEEPOPS_HERE) { return __ballot_sync(0xffffffffu, condition); }
+
+// DEEPOPS_SHARED(T, name, n): an array of n T shared by the block, uninitialised; name.load(i), name.store(i, value).
+template <class T>
+struct Shared {
+  T* data;
+  DEEPOPS_DEVICE T load(int i, Here = DEEPOPS_HERE) const { return data[i]; }
+  DEEPOPS_DEVICE void store(int i, T value, Here = DEEPOPS_HERE) const { data[i] = value; }
+};
+#define DEEPOPS_SHARED(T, name, n)                \
+  __shared__ __align__(16) T name##_in_shared[n]; \
+  const ::deepops::gpu::Shared<T> name { name##_in_shared }
+
+DEEPOPS_DEVICE float to_float(core::Half value) { return __half2float(__ushort_as_half(value.bits)); }
+DEEPOPS_DEVICE core::Half to_half(float value) { return {__half_as_ushort(__float2half_rn(value))}; }
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+inline bool on_gpu(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
+// Makes the device of a tensor the current one, and knows its current stream.
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor& tensor) : Device(tensor.get_device_index()) {}
+  explicit Device(int32_t index) : guard_(index) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<Stream>(stream);
+  }
+  Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
+
+// Runs kernel(arguments...) on `blocks` blocks of `threads` threads. name: for error messages and the executor's
+// counts.
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream stream, A... arguments) {
+  STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, name, ": ", blocks, " blocks");
+  kernel<<<unsigned(blocks), unsigned(threads), 0, stream>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+// Both in the order of the stream. copy_in: from pinned host memory.
+inline void zero(void* data, size_t bytes, Stream stream) { check(cudaMemsetAsync(data, 0, bytes, stream), "memset"); }
+inline void copy_in(void* device, const void* host, size_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "copy");
+}
+
+// STABLE_TORCH_LIBRARY_IMPL of the GPU kernels.
+#define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops, CUDA, m)
+
+// ---- what differs: the executor -------------------------------------------------------------------------------------
+
+#else
+
+using Here = ::simt::Here;
+#define DEEPOPS_HERE (::simt::Here{__builtin_FILE(), __builtin_LINE()})
+
+#define DEEPOPS_KERNEL(threads) void
+#define DEEPOPS_DEVICE inline
+
+DEEPOPS_DEVICE int thread() { return ::simt::thread(); }
+DEEPOPS_DEVICE int block() { return ::simt::block(); }
+DEEPOPS_DEVICE int blocks() { return ::simt::blocks(); }
+
+namespace detail {
+// The executor is told of an access; the access itself stands here, where sanitizers see it.
+template <class V>
+DEEPOPS_DEVICE V load(const void* p, Here here) {
+  ::simt::global_access(p, sizeof(V), false, here);
+  V value;
+  __builtin_memcpy(&value, p, sizeof(V));
+  return value;
+}
+template <class V>
+DEEPOPS_DEVICE V load_fresh(const void* p, Here here) {
+  return load<V>(p, here);
+}
+template <class V>
+DEEPOPS_DEVICE void store(void* p, V value, Here here) {
+  ::simt::global_access(p, sizeof(V), true, here);
+  __builtin_memcpy(p, &value, sizeof(V));
+}
+}  // namespace detail
+struct alignas(16) Bits16 {
+  uint64_t low, high;
+};
+
+DEEPOPS_DEVICE void barrier(Here here = DEEPOPS_HERE) { ::simt::barrier(here); }
+DEEPOPS_DEVICE void warp_barrier(Here here = DEEPOPS_HERE) { ::simt::warp_barrier(here); }
+DEEPOPS_DEVICE void fence() { ::simt::fence(); }
+DEEPOPS_DEVICE unsigned atomic_add(unsigned* counter, unsigned value, Here here = DEEPOPS_HERE) {
+  return ::simt::atomic_add(counter, value, here);
+}
+template <class T>
+DEEPOPS_DEVICE T shuffle_xor(T value, int lane_mask, Here here = DEEPOPS_HERE) {
+  return ::simt::shuffle(::simt::WarpOp::shuffle_xor, value, lane_mask, here);
+}
+template <class T>
+DEEPOPS_DEVICE T shuffle(T value, int source_lane, Here here = DEEPOPS_HERE) {
+  return ::simt::shuffle(::simt::WarpOp::shuffle, value, source_lane, here);
+}
+DEEPOPS_DEVICE unsigned ballot(bool condition, Here here = DEEPOPS_HERE) { return ::simt::ballot(condition, here); }
+
+template <class T>
+struct Shared {
+  ::simt::SharedArray array;
+  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const {
+    const void* p = ::simt::shared_access(array, i, sizeof(T), false, here);
+    T value;
+    __builtin_memcpy(&value, p, sizeof(T));
+    return value;
+  }
+  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const {
+    void* p = ::simt::shared_access(array, i, sizeof(T), true, here);
+    __builtin_memcpy(p, &value, sizeof(T));
+  }
+};
+// Its key: the address of a static variable, of which every instantiation of a template has its own.
+#define DEEPOPS_SHARED(T, name, n)       \
+  const ::deepops::gpu::Shared<T> name { \
+    ::simt::shared_array(                \
+        #name, sizeof(T), n,             \
+        [] {                             \
+          static char key;               \
+          return &key;                   \
+        }(),                             \
+        DEEPOPS_HERE)                    \
+  }
+
+float to_float(core::Half value);  // below
+core::Half to_half(float value);
+
+using Stream = int;
+
+inline bool on_gpu(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
+
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor&) {}
+  explicit Device(int32_t) {}
+  Stream stream() const { return 0; }
+};
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
+  STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, name, ": ", blocks, " blocks");
+  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); });
+}
+
+inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
+inline void copy_in(void* device, const void* host, size_t bytes, Stream) { ::simt::copy_in(device, host, bytes); }
+
+#define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops_simt, CPU, m)
+
+#endif
+
+// ---- what is the same -----------------------------------------------------------------------------------------------
+
+DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
+DEEPOPS_DEVICE int warp() { return thread() / kWarp; }
+
+// 16 bytes of T, which move in one instruction.
+template <class T>
+struct alignas(kPackBytes) Pack {
+  static constexpr int kSize = kPackBytes / int(sizeof(T));
+  T value[kSize];
+};
+
+// Global memory. p of a pack: on a 16-byte boundary.
+template <class T>
+DEEPOPS_DEVICE T load(const T* p, Here here = DEEPOPS_HERE) {
+  return detail::load<T>(p, here);
+}
+template <class T>
+DEEPOPS_DEVICE void store(T* p, T value, Here here = DEEPOPS_HERE) {
+  detail::store<T>(p, value, here);
+}
+template <class T>
+DEEPOPS_DEVICE Pack<T> load_pack(const T* p, Here here = DEEPOPS_HERE) {
+  return __builtin_bit_cast(Pack<T>, detail::load<Bits16>(p, here));
+}
+template <class T>
+DEEPOPS_DEVICE void store_pack(T* p, const Pack<T>& pack, Here here = DEEPOPS_HERE) {
+  detail::store<Bits16>(p, __builtin_bit_cast(Bits16, pack), here);
+}
+// What another block of this launch has written (it has passed last_block(), below). T: a built-in type.
+template <class T>
+DEEPOPS_DEVICE T load_fresh(const T* p, Here here = DEEPOPS_HERE) {
+  return detail::load_fresh<T>(p, here);
+}
+
+// Elements up to the first 16-byte boundary at or after p, at most n: the scalar head of a stream.
+template <class T>
+DEEPOPS_DEVICE int64_t head(const T* p, int64_t n) {
+  const int64_t count = int64_t((kPackBytes - reinterpret_cast<uintptr_t>(p) % kPackBytes) % kPackBytes / sizeof(T));
+  return count < n ? count : n;
+}
+
+// Between stored values and the type arithmetic is done in.
+DEEPOPS_DEVICE float widen(float value) { return value; }
+DEEPOPS_DEVICE double widen(double value) { return value; }
+DEEPOPS_DEVICE float widen(core::Half value) { return to_float(value); }
+DEEPOPS_DEVICE float widen(core::BFloat16 value) { return __builtin_bit_cast(float, uint32_t(value.bits) << 16); }
+
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  DEEPOPS_DEVICE static float of(float value) { return value; }
+};
+template <>
+struct Narrow<double> {
+  DEEPOPS_DEVICE static double of(double value) { return value; }
+};
+template <>
+struct Narrow<core::Half> {
+  DEEPOPS_DEVICE static core::Half of(float value) { return to_half(value); }
+};
+template <>
+struct Narrow<core::BFloat16> {  // round to nearest even; every NaN becomes 0x7fc0, as in torch
+  DEEPOPS_DEVICE static core::BFloat16 of(float value) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+  }
+};
+template <class T>
+DEEPOPS_DEVICE T narrow(core::OpMath<T> value) {
+  return Narrow<T>::of(value);
+}
+
+// Sums over the `kWidth` (a power of 2, at most 32) lanes around this one; every one of them gets the sum. All 32 lanes
+// must call.
+template <int kWidth, class T>
+DEEPOPS_DEVICE T warp_sum(T value, Here here = DEEPOPS_HERE) {
+#pragma unroll
+  for (int mask = kWidth / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask, here);
+  return value;
+}
+
+// Sums `kCount` values each over a block of kThreads threads, in an order that depends on nothing else; the sums are
+// valid in thread 0. All threads must call. It may be called again after a barrier.
+template <int kThreads, int kCount, class T>
+DEEPOPS_DEVICE void block_sum(T (&value)[kCount], Here here = DEEPOPS_HERE) {
+  static_assert(kThreads % kWarp == 0 && kThreads <= kWarp * kWarp);
+  constexpr int kWarps = kThreads / kWarp;
+  DEEPOPS_SHARED(T, partial, kCount * kWarps);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = warp_sum<kWarp>(value[i], here);
+    if (lane() == 0) partial.store(i * kWarps + warp(), value[i]);
+  }
+  barrier(here);
+  if (warp() != 0) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = warp_sum<kWarp>(lane() < kWarps ? partial.load(i * kWarps + lane()) : T(0), here);
+  }
+}
+
+// True in all threads of the block that comes last of the `count` blocks that call this with the same counter, which is
+// 0 before. What those blocks had stored is then visible to it by load_fresh(). All threads of a block must call.
+DEEPOPS_DEVICE bool last_block(unsigned* counter, unsigned count, Here here = DEEPOPS_HERE) {
+  DEEPOPS_SHARED(unsigned, arrived, 1);
+  fence();
+  barrier(here);
+  if (thread() == 0) arrived.store(0, atomic_add(counter, 1u, here));
+  barrier(here);
+  const bool last = arrived.load(0) == count - 1;
+  if (last) fence();
+  return last;
+}
+
+#ifdef DEEPOPS_SIMT
+inline float to_float(core::Half value) { return ::simt::half_to_float(value.bits); }
+inline core::Half to_half(float value) { return {::simt::float_to_half(value)}; }
+#endif
+
+}  // namespace deepops::gpu
