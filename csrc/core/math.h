@@ -7,7 +7,6 @@
 #define DEEPOPS_ISA isa_generic
 #endif
 #ifdef __CUDACC__
-#include <cmath>
 #define DEEPOPS_HD __host__ __device__ inline
 #define DEEPOPS_LIBM(name) ::name
 #else
