@@ -32,29 +32,40 @@ class CMakeBuild(build_ext):
     """One CMake run makes all libraries. All are declared, so that an editable install copies all of them."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the file of an extension; _ops has no Python symbols, hence no interpreter tag in its name."""
-        return "deepops/_ops.so" if fullname.endswith("_ops") else super().get_ext_filename(fullname)
+        """Return the file of an extension; those without Python symbols have no interpreter tag in their names."""
+        return super().get_ext_filename(fullname) if fullname.endswith("_C") else f"{fullname.replace('.', '/')}.so"
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: put the binaries into the source tree, where an old _cuda.so must not outlive them."""
+        (ROOT / "deepops" / "_cuda.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
-        """Run CMake for _C, which makes _ops too; all kinds of build share a folder and compile only what changed."""
-        if ext.name.endswith("_ops"):
+        """Run CMake for _C, which makes all; all kinds of build share a folder and compile only what changed."""
+        if not ext.name.endswith("_C"):
             return
         check_requirements()
         import pybind11
 
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        (out / "_cuda.so").unlink(missing_ok=True)  # of an earlier build, perhaps with other options
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("DEEPOPS_BUILD_TYPE", "Debug" if self.debug else "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of an earlier isolated build is gone
+            "DEEPOPS_CUDA": os.environ.get("DEEPOPS_CUDA", "auto"),  # see cmake/Cuda.cmake
+            "DEEPOPS_CUDA_ARCHS": os.environ.get("DEEPOPS_CUDA_ARCHS", "80;90;100"),
             "DEEPOPS_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         flags = ["-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items())]
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, *flags])
-        subprocess.check_call(["cmake", "--build", build])
+        for command in (["cmake", "-S", ROOT, "-B", build, *flags], ["cmake", "--build", build]):
+            if subprocess.call(command):
+                sys.exit("deepops: cannot build: see the error above")
 
 
-setup(ext_modules=[Extension("deepops._C", []), Extension("deepops._ops", [])], cmdclass={"build_ext": CMakeBuild})
+# Whether there will be a _cuda.so is CMake's decision: hence optional.
+EXTENSIONS = [Extension(f"deepops.{name}", [], optional=name == "_cuda") for name in ("_C", "_ops", "_cuda")]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

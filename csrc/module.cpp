@@ -66,7 +66,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["build_type"] = DEEPOPS_BUILD_TYPE;
   info["cpu_isas"] = DEEPOPS_CPU_ISAS;
-  info["cuda_archs"] = "";
+  info["cuda_archs"] = DEEPOPS_CUDA_ARCHS;
   return info;
 }
 

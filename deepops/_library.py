@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 _FOLDER = Path(__file__).parent
-_PATHS: dict[str, Path] = {"_ops": _FOLDER / "_ops.so"}
+_PATHS: dict[str, Path] = {"_ops": _FOLDER / "_ops.so", "_cuda": _FOLDER / "_cuda.so"}
 _MISSING: dict[str, str] = {}  # binary -> why it is not there
 
 _C: ModuleType | None = None  # the pybind11 module, None when it could not be imported
@@ -35,7 +35,8 @@ def _load() -> None:
     except (OSError, RuntimeError) as error:
         exists = _PATHS["_ops"].exists()
         _MISSING["_ops"] = f"cannot be loaded by torch {torch.__version__}: {error}" if exists else "was not built"
-    _MISSING["_cuda"] = "deepops has no CUDA kernels yet"
+    if reason := _load_cuda():
+        _MISSING["_cuda"] = reason
     lost = [f"{name} {_MISSING[name]}" for name in ("_ops", "_C") if name in _MISSING]
     if lost:
         warnings.warn(
@@ -43,10 +44,28 @@ def _load() -> None:
         )
 
 
+def _load_cuda() -> str:
+    """Load the CUDA kernels, which needs no GPU and touches none; returns why that cannot be, or ""."""
+    path = _PATHS["_cuda"]
+    if "_ops" in _MISSING:
+        return "needs _ops, which declares what it implements"
+    if torch.version.cuda is None:
+        return f"needs a torch with CUDA, which {torch.__version__} is not"
+    if not path.exists():
+        return "was not built (DEEPOPS_CUDA=1 builds it where there is an nvcc)"
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        if _C is not None and hasattr(_C, "attach"):
+            _C.attach(str(path), "cuda")
+    except (OSError, RuntimeError) as error:
+        return f"cannot be loaded by torch {torch.__version__}: {error}"
+    return ""
+
+
 @cache
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``torch.ops.deepops.<op>`` has a kernel for tensors on ``device_type`` ("cpu", "cuda", ...)."""
-    if "_ops" in _MISSING:
+    if "_ops" in _MISSING or (device_type == "cuda" and "_cuda" in _MISSING):
         return False
     key = torch._C._dispatch_key_for_device(device_type)
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"deepops::{op}", key))

@@ -127,7 +127,7 @@ def test_info_tells_what_is_there(capsys: Any) -> None:
         assert path is None or Path(path).exists()
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert f"missing: {facts['missing']['_cuda']}" in text
+    assert all(f"missing: {why}" in text for why in facts["missing"].values())
     if _library._C is not None:
         assert facts["cpu_isas"]["in_use"] in facts["cpu_isas"]["available"]
         assert set(facts["cpu_isas"]["available"]) <= set(facts["cpu_isas"]["compiled"])

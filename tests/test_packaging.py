@@ -48,6 +48,7 @@ print(json.dumps({
 def run(*command: object, cwd: Path, fails: bool = False) -> str:
     """Run a command as a user would whose shell has the build tools on its PATH; returns all it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
+    environment["DEEPOPS_CUDA"] = "0"  # or it would depend on the machine; tests/test_cuda_build.py builds the kernels
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -222,7 +223,7 @@ def requirements(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def test_binaries_are_loaded_here() -> None:
     """Else every test of a kernel would quietly test the reference path, or be skipped."""
-    assert [name for name, place in binaries().items() if Path(place).is_file()] == ["_ops", "_C"]
+    assert {name for name, place in binaries().items() if Path(place).is_file()} >= {"_ops", "_C"}
 
 
 def test_requirements_are_met_here(requirements: Callable[[], None]) -> None:
