@@ -28,12 +28,13 @@ def training_step(side: str, precision: torch.dtype) -> Callable[[], float]:
     model = build_pair("cnn", seed=0)[side].train()
     optimizer = OPTIMIZERS["adam"].build(side, model.parameters())
     criterion = nn.CrossEntropyLoss()
-    scaler = torch.amp.GradScaler("cpu", enabled=precision is torch.float16)
+    device = torch.get_default_device().type
+    scaler = torch.amp.GradScaler(device, enabled=precision is torch.float16)
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
 
     def step() -> float:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=precision, enabled=precision is not torch.float32):
+        with torch.autocast(device, dtype=precision, enabled=precision is not torch.float32):
             loss: Tensor = criterion(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -5,7 +5,8 @@ leaves of the heap decides how often memory comes fresh from the kernel: the cou
 faster after the others, 1.31 to 1.43 times alone.)
 
 A full run writes ``benchmarks/results/<name>.csv`` and the table in README.md. ``--quick`` (a tenth of the time, for a
-first look) writes nothing.
+first look) writes nothing. ``--device cuda`` measures on the GPU, with device events, and writes its files to
+``build/gpu`` (`make gpu`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness, table
+
+FOLDERS = {"cpu": harness.RESULTS, "cuda": Path(__file__).parent.parent / "build" / "gpu"}
 
 
 def names() -> list[str]:
@@ -35,16 +38,16 @@ def line(result: harness.Result) -> str:
     return f"  {result.case.group:32} {result.case.name:24} {' | '.join(parts)}"
 
 
-def measure(name: str, quick: bool, refcheck: bool) -> None:
+def measure(name: str, quick: bool, refcheck: bool, device: str = "cpu") -> None:
     """Run one benchmark, print its cases as they come, and write its results."""
     print(name, flush=True)
     cases = importlib.import_module(f"benchmarks.bench_{name}").cases()
     results = []
-    for result in harness.run(name, cases, quick=quick, refcheck=refcheck):
+    for result in harness.run(name, cases, quick=quick, refcheck=refcheck, device=device):
         results.append(result)
         print(line(result), flush=True)
     if not quick:
-        print(f"  wrote {harness.write_csv(name, results)}", flush=True)
+        print(f"  wrote {harness.write_csv(name, results, FOLDERS[device])}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help=f"which ones: {', '.join(names())} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the time; writes no files")
     parser.add_argument("--refcheck", action="store_true", help="compare the outputs before timing them")
+    parser.add_argument("--device", choices=FOLDERS, default="cpu", help="where to measure (default: cpu)")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names())}")
 
     for name in options.names or names():
         process = multiprocessing.get_context("spawn").Process(
-            target=measure, args=(name, options.quick, options.refcheck)
+            target=measure, args=(name, options.quick, options.refcheck, options.device)
         )
         process.start()
         process.join()
         if process.exitcode:
             return 1
-    if not options.quick:
+    if not options.quick and options.device == "cpu":
         table.update()
-    print("\n" + table.plain(table.load()) if not options.quick else "", end="")
+    print("\n" + table.plain(table.load(FOLDERS[options.device])) if not options.quick else "", end="")
     return 0
 
 
