@@ -8,20 +8,21 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+GATE := $(BIN)/python tests/cuda_gate/gate.py
 export PIP_ROOT_USER_ACTION := ignore
 
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 BUILD_STAMP := $(VENV)/.build-$(TORCH)
 # Folders too: their time changes when a file is added or removed.
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment get in each other's way
-.PHONY: help train test bench lint format wheel compat clean
+.PHONY: help train test bench lint format cuda cuda-all gpu wheel compat clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Options: ARGS='...' passes on to the command, TORCH=$(TORCH), PYTHON=$(PYTHON)"
 
 train: $(BUILD_STAMP) ## train the course CNN on real digits, stock PyTorch beside deepops
@@ -33,16 +34,30 @@ test: $(BUILD_STAMP) $(VENV)/.test ## run all tests
 bench: $(BUILD_STAMP) ## time everything; rewrites benchmarks/results/*.csv and the table in README.md
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-lint: $(BUILD_STAMP) $(VENV)/.lint ## ruff, mypy --strict, clang-format
+lint: $(BUILD_STAMP) $(VENV)/.lint ## ruff, mypy --strict, clang-format, no raw CUDA in kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python tests/cuda_gate/lint.py
 
 format: $(VENV)/.lint ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+cuda: $(BUILD_STAMP) $(VENV)/.test $(VENV)/.cuda ## compile the CUDA kernels, which needs no GPU, and check what became of them
+	$(GATE) $(ARGS)
+	CUDACXX=$$($(GATE) --find nvcc) DEEPOPS_CUDA=1 $(PIP) --no-build-isolation --no-deps --editable .
+	DEEPOPS_CUDA=1 $(BIN)/python -m pytest -q tests/test_cuda_build.py
+
+cuda-all: $(BUILD_STAMP) $(VENV)/.cuda ## the same checks for every architecture
+	$(GATE) --all $(ARGS)
+
+gpu: ## build for the NVIDIA GPU of this machine, test and time; with PYTHON=... that has torch and pybind11: offline
+	@if $(PYTHON) -c 'import torch, pybind11' 2>/dev/null; then $(PYTHON) -m benchmarks.gpu $(ARGS); else \
+		$(MAKE) $(BUILD_STAMP) $(VENV)/.test $(VENV)/.cuda && \
+		PATH="$(abspath $(BIN)):$$PATH" CUDACXX=$$($(GATE) --find nvcc) $(BIN)/python -m benchmarks.gpu $(ARGS); fi
 
 wheel: $(TORCH_STAMP) $(VENV)/.test ## build the wheel into dist/
 	rm -rf dist build/lib.* build/bdist.*
@@ -80,6 +95,12 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.venv pyproject.toml
 	$(PIP) --group test --group build
+	@touch $@
+
+# A CUDA compiler of this machine is used if there is one.
+$(VENV)/.cuda: $(VENV)/.venv pyproject.toml
+	$(GATE) --find nvcc >/dev/null || $(PIP) --group nvcc
+	$(GATE) --find nvdisasm >/dev/null || $(PIP) --group nvdisasm
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import harness, table
 
 FOLDERS = {"cpu": harness.RESULTS, "cuda": Path(__file__).parent.parent / "build" / "gpu"}
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--refcheck", action="store_true", help="compare the outputs before timing them")
     parser.add_argument("--device", choices=FOLDERS, default="cpu", help="where to measure (default: cpu)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names())}")
 
