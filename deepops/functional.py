@@ -30,7 +30,7 @@ from deepops._checks import (
     check_residual,
 )
 from deepops._convolution import convolution
-from deepops._library import has_kernel
+from deepops._library import binaries, has_kernel
 
 __all__ = ["batch_norm_act", "conv_bn_act"]
 
@@ -356,5 +356,6 @@ def _shift_running_mean(
 def _warn_once(device: str) -> None:
     _warned.add(device)
     if _KERNEL_ON["cpu"]:  # else the import has already said why
-        message = f"deepops has no kernels for {device!r} tensors and runs them on plain PyTorch"
+        cause = f": _cuda {binaries()['_cuda']}" if device == "cuda" else ""
+        message = f"deepops has no kernels for {device!r} tensors and runs them on plain PyTorch{cause}"
         warnings.warn(message, RuntimeWarning, stacklevel=5)
