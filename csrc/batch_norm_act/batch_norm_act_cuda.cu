@@ -34,10 +34,14 @@ enum class Pass { elementwise, reduction };
 
 // ---- the shape of a grid --------------------------------------------------------------------------------------------
 
-// How streams lie in memory: null pointers do not count.
+// How streams lie in memory. Null pointers do not count.
 struct Alignment {
   int64_t bytes = -1;  // from a 16-byte boundary to the data, if all agree
   bool same = true;
+  template <class... P>
+  explicit Alignment(const P*... data) {
+    (see(data), ...);
+  }
   void see(const void* data) {
     if (!data) return;
     const int64_t at = int64_t(reinterpret_cast<uintptr_t>(data) % gpu::kPackBytes);
@@ -184,8 +188,7 @@ void launch_forward(const BatchNormActShape& p, const Tensor& x, const OptionalT
                     gpu::Stream stream) {
   const Forward<T> args{input<T>(x),  input<T>(residual), output<T>(y),       source,
                         p.activation, p.negative_slope,   num_batches_tracked};
-  Alignment alignment;
-  for (const void* data : {(const void*)args.x, (const void*)args.residual, (const void*)args.y}) alignment.see(data);
+  const Alignment alignment(args.x, args.residual, args.y);
   with_view<T>(p, alignment, Pass::elementwise, [&]<class View>(const View& view) {
     gpu::launch("batch_norm_act_forward", forward<T, View>, blocks(view, Pass::elementwise), kThreads, stream, args,
                 view);
@@ -226,9 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> train(Tensor x, OptionalTensor residual, Opti
     args.eps = eps;
     args.per_count = 1 / count;
     args.unbiased = count / (count - 1);
-    Alignment alignment;
-    alignment.see(args.x);
-    with_view<T>(p, alignment, Pass::reduction, [&]<class View>(const View& view) {
+    with_view<T>(p, Alignment(args.x), Pass::reduction, [&]<class View>(const View& view) {
       const Tensor memory = doubles(workspace(view), x);
       args.pieces = pieces_of(view, static_cast<double*>(memory.mutable_data_ptr()), device.stream());
       gpu::launch("batch_norm_act_statistics", statistics<T, View>, blocks(view, Pass::reduction), kThreads,
@@ -264,11 +265,10 @@ void launch_backward(const BatchNormActShape& p, Gradient<T> gradient, const Aff
   using A = OpMath<T>;
   const bool want_statistics = training && wanted.x.has_value(), want_sums = want_statistics || wanted.weight;
   Backward<T> args{gradient, source, nullptr, nullptr, output<T>(wanted.x), output<T>(wanted.residual)};
-  Alignment read;
-  for (const T* data : {gradient.grad_y, gradient.x, gradient.kept}) read.see(data);
   OptionalTensor memory;  // the two means, then the sums
   if (want_sums) {
-    with_view<T>(p, read, Pass::reduction, [&]<class View>(const View& view) {
+    const Alignment alignment(gradient.grad_y, gradient.x, gradient.kept);
+    with_view<T>(p, alignment, Pass::reduction, [&]<class View>(const View& view) {
       memory = doubles(2 * p.channels + workspace(view), x);
       double* const data = output<double>(memory);
       auto* const mean_grad = reinterpret_cast<A*>(data);
@@ -293,9 +293,9 @@ void launch_backward(const BatchNormActShape& p, Gradient<T> gradient, const Aff
   if (!wanted.x && !wanted.residual) return;
   // x is read for z and for x - mean.
   if (!want_statistics && (gradient.kept_is_output || p.activation == Activation::identity)) args.gradient.x = nullptr;
-  Alignment all = read;
-  for (const T* data : {args.grad_x, args.grad_residual}) all.see(data);
-  with_view<T>(p, all, Pass::elementwise, [&]<class View>(const View& view) {
+  const Gradient<T>& streams = args.gradient;
+  const Alignment alignment(streams.grad_y, streams.x, streams.kept, args.grad_x, args.grad_residual);
+  with_view<T>(p, alignment, Pass::elementwise, [&]<class View>(const View& view) {
     gpu::launch("batch_norm_act_backward", backward<T, View>, blocks(view, Pass::elementwise), kThreads, stream, args,
                 view);
   });
