@@ -155,7 +155,7 @@ class FusedStep(torch.optim.Optimizer):
             entries.append((param, index, own, names, tensors))
         groups = tuple(list(group["params"]) for group in self.param_groups)
         state = dict(self.state)
-        table = _C.StepTable(self._kernel, Tensor, groups, state, tuple(entries))  # type: ignore[union-attr]
+        table = _C.StepTable(self._kernel, 'cpu', Tensor, groups, state, tuple(entries))  # type: ignore[union-attr]
         return _Plan(
             table,
             options,
