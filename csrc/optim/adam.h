@@ -14,7 +14,7 @@ struct AdamHyper {
 
 // ... and what a kernel needs of it: powers[k] = beta^(2^k), of which it makes beta^t by products alone (power() in
 // adam_math.h), so that CPU and GPU have the same bits whatever their libraries' pow().
-struct AdamGroup {
+struct alignas(16) AdamGroup {
   static constexpr int kPowers = 32;
   AdamHyper hyper;
   double beta1_powers[kPowers], beta2_powers[kPowers];
