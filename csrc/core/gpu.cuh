@@ -178,7 +178,7 @@ inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Te
 #else
 
 using Here = ::simt::Here;
-#define DEEPOPS_HERE (::simt::Here{__builtin_FILE(), __builtin_LINE()})
+#define DEEPOPS_HERE ::simt::Here::at()
 
 #define DEEPOPS_KERNEL(threads) void
 #define DEEPOPS_DEVICE inline
@@ -395,13 +395,13 @@ DEEPOPS_DEVICE void block_sum(T (&value)[kCount], Here here = DEEPOPS_HERE) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     value[i] = warp_sum<kWarp>(value[i], here);
-    if (lane() == 0) partial.store(i * kWarps + warp(), value[i]);
+    if (lane() == 0) partial.store(i * kWarps + warp(), value[i], here);
   }
-  barrier(here);
+  gpu::barrier(here);
   if (warp() != 0) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    value[i] = warp_sum<kWarp>(lane() < kWarps ? partial.load(i * kWarps + lane()) : T(0), here);
+    value[i] = warp_sum<kWarp>(lane() < kWarps ? partial.load(i * kWarps + lane(), here) : T(0), here);
   }
 }
 
@@ -410,9 +410,9 @@ DEEPOPS_DEVICE void block_sum(T (&value)[kCount], Here here = DEEPOPS_HERE) {
 DEEPOPS_DEVICE bool last_block(unsigned* counter, unsigned count, Here here = DEEPOPS_HERE) {
   DEEPOPS_SHARED(unsigned, arrived, 1);
   fence();
-  barrier(here);
-  if (thread() == 0) arrived.store(0, atomic_add(counter, 1u, here));
-  barrier(here);
+  gpu::barrier(here);
+  if (thread() == 0) arrived.store(0, gpu::atomic_add(counter, 1u, here));
+  gpu::barrier(here);
   const bool last = arrived.load(0) == count - 1;
   if (last) fence();
   return last;

@@ -1,0 +1,38 @@
+// Counts of one launch, as the hardware would serve its memory accesses: warp by warp.
+//
+// The n-th time a lane passes a place in the source belongs together with the n-th time of the other lanes of its warp.
+// That is what the GPU does wherever lanes do not diverge; where they do, accesses are joined that would be separate,
+// so counts are never above the real ones by more than a tail.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "simt/simt.h"
+
+namespace simt {
+
+// One lane's access.
+struct Access {
+  uint32_t warp, place, pass;  // pass: the n-th time this lane is at this place
+  uint32_t bytes;
+  uint64_t address;
+  bool store, shared;
+};
+
+struct Counts {
+  std::string kind, name;  // kind: "kernel", "memset" or "copy"
+  int64_t blocks = 0, threads = 0;
+  int64_t load_bytes = 0, store_bytes = 0;       // of global memory, summed over lanes
+  int64_t load_sectors = 0, store_sectors = 0;   // of 32 bytes, summed over warp accesses
+  int64_t ideal_sectors = 0;                     // if the distinct bytes of each warp access lay side by side
+  int64_t lanes_of_width[5] = {};                // global accesses of 1, 2, 4, 8, 16 bytes
+  int64_t wavefronts = 0, ideal_wavefronts = 0;  // of shared memory; more than ideal: bank conflicts
+  int64_t barriers = 0, shared_bytes = 0;        // barriers: summed over threads; bytes: most of any block
+
+  // Takes in all accesses of one block.
+  void add(std::vector<Access>& accesses);
+  std::string json() const;
+};
+
+}  // namespace simt

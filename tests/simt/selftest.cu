@@ -1,0 +1,308 @@
+// The executor's own test: small kernels of the kinds the project has, each with planted bugs chosen at run time.
+//
+//   simt_selftest BUG [in_order|reverse|random SEED] [counts]
+//
+// Prints what it found. Exit status: 0 clean, 1 wrong values, 2 the executor stopped the kernel, 3 counts out of
+// budget; a sanitizer has its own. tests/simt/test_selftest.py has the table of who must catch what.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/gpu.cuh"
+
+namespace deepops::isa_gpu {
+
+enum class Bug : int {
+  none,
+  missing_barrier,
+  missing_second_barrier,
+  barrier_in_branch,
+  different_barriers,
+  returns_before_barrier,
+  lane_returns_before_shuffle,
+  shuffle_in_branch,
+  lanes_at_different_shuffles,
+  wrong_shuffle_mask,
+  shared_out_of_bounds,
+  shared_uninitialised,
+  shared_race_in_warp,
+  too_much_shared_memory,
+  store_past_end,
+  load_past_end,
+  missing_tail,
+  misaligned_pack,
+  index_overflow,
+  blocks_share_an_output,
+  plain_counter,
+  missing_fence,
+  not_the_last_block,
+  counter_not_zeroed,
+  order_of_arrival,
+  scalar_accesses,
+  strided_accesses,
+  bank_conflicts,
+  count
+};
+
+const char* const kNames[] = {"none",
+                              "missing_barrier",
+                              "missing_second_barrier",
+                              "barrier_in_branch",
+                              "different_barriers",
+                              "returns_before_barrier",
+                              "lane_returns_before_shuffle",
+                              "shuffle_in_branch",
+                              "lanes_at_different_shuffles",
+                              "wrong_shuffle_mask",
+                              "shared_out_of_bounds",
+                              "shared_uninitialised",
+                              "shared_race_in_warp",
+                              "too_much_shared_memory",
+                              "store_past_end",
+                              "load_past_end",
+                              "missing_tail",
+                              "misaligned_pack",
+                              "index_overflow",
+                              "blocks_share_an_output",
+                              "plain_counter",
+                              "missing_fence",
+                              "not_the_last_block",
+                              "counter_not_zeroed",
+                              "order_of_arrival",
+                              "scalar_accesses",
+                              "strided_accesses",
+                              "bank_conflicts"};
+static_assert(sizeof kNames / sizeof *kNames == size_t(Bug::count));
+
+constexpr int kThreads = 128;
+
+// y = 2 x + 1 on n values: packs, then a scalar tail.
+DEEPOPS_KERNEL(kThreads) scale(const float* x, float* y, int64_t n, Bug bug) {
+  using Pack = gpu::Pack<float>;
+  const int64_t thread = int64_t(gpu::block()) * kThreads + gpu::thread(), threads = int64_t(gpu::blocks()) * kThreads;
+  const int64_t packs = n / Pack::kSize;
+  if (bug == Bug::scalar_accesses) {
+    for (int64_t i = thread; i < n; i += threads) gpu::store(y + i, 2 * gpu::load(x + i) + 1);
+    return;
+  }
+  for (int64_t i = thread; i < packs; i += threads) {
+    int64_t at = i * Pack::kSize;
+    if (bug == Bug::strided_accesses) at = (i % 16 * (packs / 16) + i / 16) * Pack::kSize;
+    if (bug == Bug::misaligned_pack) at = at == 0 ? 0 : at - 1;
+    Pack pack = gpu::load_pack(x + at);
+    for (float& value : pack.value) value = 2 * value + 1;
+    gpu::store_pack(y + at, pack);
+  }
+  const int64_t end = bug == Bug::missing_tail ? n - 1 : bug == Bug::store_past_end ? n + 1 : n;
+  const int64_t i = packs * Pack::kSize + thread;
+  if (i < end) gpu::store(y + i, 2 * gpu::load(x + (bug == Bug::load_past_end ? i + 1 : i < n ? i : 0)) + 1);
+}
+
+// out[c] = sum of row c of x [rows, n], one block a row; shared memory by hand, as block_sum() has it.
+DEEPOPS_KERNEL(kThreads) row_sums(const float* x, float* out, int n, Bug bug) {
+  const int row = gpu::block();
+  float sum = 0;
+  int overflow = bug == Bug::index_overflow ? 0x7fffff00 : 0;  // as if n were that large
+  for (int i = gpu::thread(); i < n; i += kThreads) {
+    if (bug == Bug::index_overflow) overflow += n;
+    sum += gpu::load(x + int64_t(row) * n + i + (overflow < 0 ? 1 : 0));
+  }
+  if (bug == Bug::lane_returns_before_shuffle && gpu::thread() == 5) return;
+  if (bug == Bug::returns_before_barrier && gpu::warp() == 3) return;
+  if (bug == Bug::shuffle_in_branch) {
+    if (gpu::lane() < 8) sum += gpu::shuffle_xor(sum, 16);
+  } else if (bug == Bug::lanes_at_different_shuffles && gpu::lane() < 16) {
+    sum += gpu::shuffle_xor(sum, 16);
+  } else {
+    sum += gpu::shuffle_xor(sum, 16);
+  }
+  for (int mask = 8; mask > 0; mask /= 2) {
+    sum += gpu::shuffle_xor(sum, bug == Bug::wrong_shuffle_mask && mask == 2 ? 4 : mask);
+  }
+  constexpr int kWarps = kThreads / gpu::kWarp;
+  DEEPOPS_SHARED(float, partial, kWarps);
+  if (gpu::lane() == 0 && !(bug == Bug::shared_uninitialised && gpu::warp() == 2)) {
+    partial.store(gpu::warp() + (bug == Bug::shared_out_of_bounds ? 1 : 0), sum);
+  }
+  if (bug == Bug::barrier_in_branch) {
+    if (gpu::thread() < 64) gpu::barrier();
+  } else if (bug == Bug::different_barriers) {
+    if (gpu::thread() < 64) {
+      gpu::barrier();
+    } else {
+      gpu::barrier();
+    }
+  } else if (bug != Bug::missing_barrier) {
+    gpu::barrier();
+  }
+  if (gpu::thread() != 0) return;
+  sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += partial.load(w);
+  const int at = bug == Bug::blocks_share_an_output ? row / 2 * 2 : row;
+  gpu::store(out + at, sum);
+}
+
+// y = x reversed within each block of kThreads values, twice over: shared memory that is written again.
+DEEPOPS_KERNEL(kThreads) reverse_twice(const float* x, float* y, Bug bug) {
+  DEEPOPS_SHARED(float, values, kThreads);
+  DEEPOPS_SHARED(float, wide, 33 * 32);
+  const int64_t at = int64_t(gpu::block()) * kThreads + gpu::thread();
+  float value = gpu::load(x + at);
+  for (int turn = 0; turn < 2; ++turn) {
+    values.store(gpu::thread(), value);
+    gpu::barrier();
+    value = values.load(kThreads - 1 - gpu::thread());
+    if (bug != Bug::missing_second_barrier) gpu::barrier();
+  }
+  // A transpose of a 32 x 4 table: 33 columns keep the banks apart.
+  const int stride = bug == Bug::bank_conflicts ? 32 : 33;
+  if (gpu::thread() < 32) {
+    for (int k = 0; k < 4; ++k) wide.store(gpu::thread() * stride + k, value + float(k));
+  }
+  if (bug == Bug::shared_race_in_warp && gpu::thread() < 32) wide.store(0, value);
+  gpu::barrier();
+  gpu::store(y + at, value + 0 * wide.load(gpu::thread() / 32));
+}
+
+DEEPOPS_KERNEL(kThreads) greedy(float* y) {
+  DEEPOPS_SHARED(double, values, 8192);
+  values.store(gpu::thread(), 1.0);
+  gpu::barrier();
+  gpu::store(y + gpu::thread(), float(values.load(gpu::thread())));
+}
+
+// out[0] = sum of x [n] over all blocks, by the last of them; out[1 + b] are the blocks' sums.
+DEEPOPS_KERNEL(kThreads) grid_sum(const float* x, float* out, unsigned* counter, int64_t n, Bug bug) {
+  float sum[1] = {0};
+  for (int64_t i = int64_t(gpu::block()) * kThreads + gpu::thread(); i < n; i += int64_t(gpu::blocks()) * kThreads) {
+    sum[0] += gpu::load(x + i);
+  }
+  gpu::block_sum<kThreads>(sum);
+  if (gpu::thread() == 0) gpu::store(out + 1 + gpu::block(), sum[0]);
+  bool last;
+  if (bug == Bug::missing_fence || bug == Bug::order_of_arrival) {
+    DEEPOPS_SHARED(unsigned, arrived, 1);
+    if (bug == Bug::order_of_arrival) gpu::fence();
+    gpu::barrier();
+    if (gpu::thread() == 0) arrived.store(0, gpu::atomic_add(counter, 1));
+    gpu::barrier();
+    last = arrived.load(0) == unsigned(gpu::blocks()) - 1;
+    if (bug == Bug::order_of_arrival) {
+      gpu::fence();
+      // Every block adds to the total as it comes: the order of the additions is anybody's guess.
+      if (gpu::thread() == 0) gpu::store(out, (arrived.load(0) ? gpu::load_fresh(out) : 0.0f) + sum[0]);
+      return;
+    }
+  } else if (bug == Bug::not_the_last_block) {
+    last = gpu::block() == gpu::blocks() - 1;
+  } else if (bug == Bug::plain_counter) {
+    DEEPOPS_SHARED(unsigned, arrived, 1);
+    gpu::fence();
+    gpu::barrier();
+    if (gpu::thread() == 0) {
+      arrived.store(0, gpu::load(counter));
+      gpu::store(counter, arrived.load(0) + 1);
+    }
+    gpu::barrier();
+    last = arrived.load(0) == unsigned(gpu::blocks()) - 1;
+  } else {
+    last = gpu::last_block(counter, unsigned(gpu::blocks()));
+  }
+  if (!last || gpu::thread() != 0) return;
+  float total = 0;
+  for (int b = 0; b < gpu::blocks(); ++b) total += gpu::load_fresh(out + 1 + b);
+  gpu::store(out, total);
+}
+
+// ---- the host's side ------------------------------------------------------------------------------------------------
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("wrong: %s\n", what);
+  ++failures;
+}
+
+// Exact sums: small integers. Of a size that no allocator rounds up, so that sanitizers see the first value past it.
+std::vector<float> values(size_t n) {
+  std::vector<float> result(n);
+  for (size_t i = 0; i < n; ++i) result[i] = float(int(i * 7 % 13) - 5);
+  result.shrink_to_fit();
+  return result;
+}
+
+void run(Bug bug) {
+  const bool counting = simt::running.counting;
+  (void)counting;
+  {
+    const int64_t n = 5 * kThreads * 4 + 3;
+    std::vector<float> x = values(size_t(n)), y(static_cast<size_t>(n), -1.0f);
+    gpu::launch("scale", scale, 3, kThreads, 0, x.data(), y.data(), n, bug);
+    bool right = true;
+    for (size_t i = 0; i < y.size(); ++i) right &= y[i] == 2 * x[i] + 1;
+    expect(right, "scale");
+  }
+  {
+    const int rows = 5, n = 300;
+    std::vector<float> x = values(size_t(rows) * n), out(rows, -1.0f);
+    gpu::launch("row_sums", row_sums, rows, kThreads, 0, x.data(), out.data(), n, bug);
+    for (int r = 0; r < rows; ++r) {
+      float sum = 0;
+      for (int i = 0; i < n; ++i) sum += x[size_t(r) * n + i];
+      expect(out[r] == sum, "row_sums");
+    }
+  }
+  {
+    std::vector<float> x = values(3 * kThreads), y(x.size(), -1.0f);
+    gpu::launch("reverse_twice", reverse_twice, 3, kThreads, 0, x.data(), y.data(), bug);
+    expect(x == y, "reverse_twice");
+    if (bug == Bug::too_much_shared_memory) gpu::launch("greedy", greedy, 1, kThreads, 0, y.data());
+  }
+  {
+    const int64_t n = 7 * kThreads + 5;
+    const int blocks = 6;
+    std::vector<float> x(static_cast<size_t>(n)), out(1 + blocks, -1.0f);
+    // 2^25 at the start, where a float is a multiple of 4, and 127 or 254 in every other block: the order counts.
+    for (size_t i = 0; i < x.size(); ++i) x[i] = i == 0 ? 33554432.0f : i % kThreads == 1 ? 0.0f : 1.0f;
+    unsigned counter = bug == Bug::counter_not_zeroed ? 1 : 0;
+    gpu::launch("grid_sum", grid_sum, blocks, kThreads, 0, x.data(), out.data(), &counter, n, bug);
+    float sum = 0;
+    for (int b = 0; b < blocks; ++b) sum += out[1 + b];
+    expect(out[0] == sum, "grid_sum");
+  }
+}
+
+}  // namespace deepops::isa_gpu
+
+int main(int count, char** arguments) {
+  using deepops::isa_gpu::Bug;
+  Bug bug = Bug::count;
+  for (int i = 0; i < int(Bug::count); ++i) {
+    if (count > 1 && !strcmp(arguments[1], deepops::isa_gpu::kNames[i])) bug = Bug(i);
+  }
+  if (bug == Bug::count) {
+    for (const char* name : deepops::isa_gpu::kNames) std::printf("%s\n", name);
+    return 64;
+  }
+  bool counting = false;
+  for (int i = 2; i < count; ++i) {
+    const std::string word = arguments[i];
+    if (word == "in_order") simt_set_schedule(0, 0);
+    if (word == "reverse") simt_set_schedule(1, 0);
+    if (word == "random" && i + 1 < count) simt_set_schedule(2, uint64_t(atoll(arguments[i + 1])));
+    if (word == "counts") counting = true;
+  }
+  if (counting) simt_set_counting(1);
+  try {
+    deepops::isa_gpu::run(bug);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
+  if (counting) std::printf("%s\n", simt_counts());
+  return deepops::isa_gpu::failures ? 1 : 0;
+}

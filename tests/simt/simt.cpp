@@ -1,0 +1,507 @@
+// The scheduler: see simt.h. Compiled without instrumentation in every build, so that sanitizers see only the kernels.
+#include "simt/simt.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "simt/counts.h"
+#include "simt/fiber.h"
+
+namespace simt {
+
+Running running;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kSharedLimit = 48 << 10;  // what a block gets without asking for more
+constexpr int kArraysLimit = 32;
+
+enum class Status { ready, at_barrier, at_warp_op, exited };
+enum class Schedule { in_order, reverse, random };
+
+void enter();
+
+struct Thread {
+  Fiber fiber{enter};
+  Status status = Status::ready;
+  Here here{};  // where it waits
+  WarpOp op{};
+  uint64_t value = 0, result = 0;
+  int argument = 0;
+  int barriers = 0, warp_barriers = 0;  // passed so far in this block
+};
+
+struct Array {
+  const void* key;
+  SharedArray shared;
+};
+
+struct Place {
+  const char* file;
+  int line, kind;
+  bool operator<(const Place& o) const { return std::tie(file, line, kind) < std::tie(o.file, o.line, o.kind); }
+};
+
+// Everything a launch has. One launch at a time, on whichever thread of the machine.
+struct State {
+  std::mutex mutex;
+  Schedule schedule = Schedule::in_order;
+  uint64_t random = 1;
+  bool counting = false;
+  std::vector<Counts> recorded;
+  std::string json;
+
+  // Fibers are used again, for the same thread of every second block: so ThreadSanitizer sees it race with itself.
+  std::vector<std::unique_ptr<Thread>> pools[2];
+  std::unique_ptr<Thread>* pool = nullptr;  // of the running block
+  Fiber* scheduler = nullptr;
+  const std::function<void()>* body = nullptr;
+  const char* kernel = "";
+  std::string error;
+
+  int threads = 0, alive = 0, at_barrier = 0;  // of the running block
+  std::vector<int> ready;
+  bool did_atomic = false;
+
+  // Shared memory of the running block: values, then for each byte whether it was written. Fibers allocate nothing:
+  // ThreadSanitizer takes a piece of memory that one frees and another gets for a race.
+  Array arrays[kArraysLimit];
+  int array_count = 0;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<std::unique_ptr<unsigned char[]>> memory;
+
+  Counts* counts = nullptr;
+  std::vector<Access> accesses;
+  std::map<Place, uint32_t> places;
+  std::vector<std::vector<uint32_t>> passes;  // [thread][place]
+} state;
+
+// Addresses that stand for orders between threads in ThreadSanitizer. Those of a block lie with its shared memory, so
+// that they order nothing between blocks; and barriers take turns with two of them, as a thread may come to the next
+// barrier before another has left this one.
+struct {
+  char started, done, fence;
+} order;
+struct BlockOrder {
+  char barrier[2], warp[2][kWarp];
+};
+BlockOrder& block_order();
+
+void release([[maybe_unused]] char* address) {
+#ifdef SIMT_TSAN
+  __tsan_release(address);
+#endif
+}
+void acquire([[maybe_unused]] char* address) {
+#ifdef SIMT_TSAN
+  __tsan_acquire(address);
+#endif
+}
+
+Thread& me() { return *state.pool[running.thread]; }
+
+uint64_t next_random() {  // xorshift64
+  state.random ^= state.random << 13;
+  state.random ^= state.random >> 7;
+  return state.random ^= state.random << 17;
+}
+
+const char* base_name(const char* path) {
+  const char* slash = strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
+std::string place_of(int thread, Here here) {
+  std::string text =
+      std::string(state.kernel) + ": block " + std::to_string(running.block) + ", thread " + std::to_string(thread);
+  if (here.file) text += std::string(", ") + base_name(here.file) + ":" + std::to_string(here.line);
+  return text;
+}
+
+// What all threads of the block are doing, in one line.
+std::string overview() {
+  int count[4] = {};
+  for (int i = 0; i < state.threads; ++i) ++count[int(state.pool[i]->status)];
+  return " (of " + std::to_string(state.threads) + " threads " + std::to_string(count[int(Status::at_barrier)]) +
+         " wait at a barrier, " + std::to_string(count[int(Status::at_warp_op)]) + " in a warp operation, " +
+         std::to_string(count[int(Status::exited)]) + " have returned)";
+}
+
+void make_ready(int thread) {
+  state.pool[thread]->status = Status::ready;
+  state.ready.push_back(thread);
+}
+
+void wait(Status status, Here here) {
+  Thread& thread = me();
+  thread.status = status;
+  thread.here = here;
+}
+
+void pause() { me().fiber.switch_to(*state.scheduler); }
+
+bool same(Here a, Here b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+
+// Releases the barrier if all threads are there.
+void try_barrier() {
+  if (state.at_barrier == 0 || state.at_barrier != state.alive) return;
+  int first = -1;
+  for (int i = 0; i < state.threads; ++i) {
+    const Thread& thread = *state.pool[i];
+    if (thread.status != Status::at_barrier) continue;
+    if (first < 0) first = i;
+    if (!same(thread.here, state.pool[first]->here)) {
+      fail(thread.here, "threads of the block wait at different barriers; thread %d waits at line %d", first,
+           state.pool[first]->here.line);
+    }
+  }
+  if (state.alive != state.threads) {
+    fail(state.pool[first]->here, "a barrier that some threads of the block never reach: they have returned%s",
+         overview().c_str());
+  }
+  state.at_barrier = 0;
+  for (int i = 0; i < state.threads; ++i) make_ready(i);
+}
+
+// The results of a warp operation that all lanes have reached. lanes: the first of 32.
+void finish_warp_op(int lanes) {
+  uint64_t value[kWarp];
+  unsigned votes = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    value[i] = state.pool[lanes + i]->value;
+    if (value[i]) votes |= 1u << i;
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    Thread& lane = *state.pool[lanes + i];
+    switch (lane.op) {
+      case WarpOp::shuffle:
+        lane.result = value[lane.argument & (kWarp - 1)];
+        break;
+      case WarpOp::shuffle_xor:
+        lane.result = value[(i ^ lane.argument) & (kWarp - 1)];
+        break;
+      case WarpOp::ballot:
+        lane.result = votes;
+        break;
+      case WarpOp::barrier:
+        break;
+    }
+    make_ready(lanes + i);
+  }
+}
+
+// What every fiber does: the same thread of one block after another.
+void enter() {
+  Fiber::entered();
+  for (;;) {
+    acquire(&order.started);
+    (*state.body)();
+    release(&order.done);
+    wait(Status::exited, {});
+    --state.alive;
+    const int lanes = running.thread / kWarp * kWarp;
+    for (int i = lanes; i < lanes + kWarp; ++i) {
+      const Thread& lane = *state.pool[i];
+      if (lane.status == Status::at_warp_op) {
+        fail(lane.here, "lane %d waits in a warp operation for lane %d, which has returned", i % kWarp,
+             running.thread % kWarp);
+      }
+    }
+    try_barrier();
+    pause();
+  }
+}
+
+[[noreturn]] void give_up() {
+  const std::string error = state.error;
+  for (auto& pool : state.pools) pool.clear();  // fibers are in the middle of a kernel
+  throw std::runtime_error("SIMT: " + error);
+}
+
+// A waiting thread that nobody will ever wake.
+void report_deadlock() {
+  for (int i = 0; i < state.threads; ++i) {
+    const Thread& thread = *state.pool[i];
+    if (thread.status != Status::at_warp_op && thread.status != Status::at_barrier) continue;
+    const bool in_warp = thread.status == Status::at_warp_op;
+    state.error =
+        place_of(i, thread.here) + ": deadlock: it waits " +
+        (in_warp ? "in a warp operation that not all 32 lanes reach" : "at a barrier that not all threads reach") +
+        overview();
+    if (in_warp) return;  // says more than a barrier
+  }
+}
+
+// Fresh for each block under ThreadSanitizer, to which memory used again by the next would be a race between them.
+void provide_shared_memory() {
+#ifdef SIMT_TSAN
+  const bool fresh = true;
+#else
+  const bool fresh = state.memory.empty();
+#endif
+  if (fresh) {
+    state.memory.push_back(std::make_unique<unsigned char[]>(2 * kSharedLimit + sizeof(BlockOrder) + 16));
+    state.shared = state.memory.back().get();
+    state.shared += (16 - reinterpret_cast<uintptr_t>(state.shared) % 16) % 16;
+  }
+  memset(state.shared, 0xff, kSharedLimit);  // not a number, for whoever gets past the check
+  memset(state.shared + kSharedLimit, 0, kSharedLimit);
+  state.array_count = 0;
+  state.shared_bytes = 0;
+  release(&order.started);
+}
+
+BlockOrder& block_order() { return *reinterpret_cast<BlockOrder*>(state.shared + 2 * kSharedLimit); }
+
+void run_block(int block) {
+  running.block = block;
+  state.pool = state.pools[block % 2].data();
+  state.alive = state.threads;
+  state.at_barrier = 0;
+  state.did_atomic = false;
+  provide_shared_memory();
+  state.ready.clear();
+  for (int i = 0; i < state.threads; ++i) {
+    make_ready(state.schedule == Schedule::reverse ? i : state.threads - 1 - i);
+    Thread& thread = *state.pool[i];
+    thread.barriers = thread.warp_barriers = 0;
+  }
+  for (auto& passes : state.passes) passes.clear();
+  while (!state.ready.empty()) {
+    if (state.schedule == Schedule::random)
+      std::swap(state.ready[next_random() % state.ready.size()], state.ready.back());
+    running.thread = state.ready.back();
+    state.ready.pop_back();
+    state.scheduler->switch_to(me().fiber);
+    if (!state.error.empty()) give_up();
+  }
+  if (state.alive != 0) {
+    report_deadlock();
+    give_up();
+  }
+  if (state.counts) {
+    state.counts->add(state.accesses);
+    state.accesses.clear();
+    state.counts->shared_bytes = std::max(state.counts->shared_bytes, int64_t(state.shared_bytes));
+  }
+}
+
+std::vector<int> sequence(int64_t blocks) {
+  std::vector<int> result(blocks);
+  for (int64_t i = 0; i < blocks; ++i) result[i] = int(state.schedule == Schedule::reverse ? blocks - 1 - i : i);
+  for (int64_t i = blocks; i > 1 && state.schedule == Schedule::random; --i) {
+    std::swap(result[i - 1], result[next_random() % i]);
+  }
+  return result;
+}
+
+void record(const void* p, size_t bytes, bool store, bool shared, Here here) {
+  const Place place{here.file, here.line, store * 2 + shared};
+  const auto found = state.places.try_emplace(place, uint32_t(state.places.size())).first;
+  auto& passes = state.passes[running.thread];
+  if (passes.size() <= found->second) passes.resize(found->second + 1);
+  state.accesses.push_back({uint32_t(running.thread / kWarp), found->second, passes[found->second]++, uint32_t(bytes),
+                            reinterpret_cast<uint64_t>(p), store, shared});
+}
+
+}  // namespace
+
+void fail(Here here, const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  state.error = place_of(running.thread, here) + ": " + text;
+  pause();  // for good: the scheduler gives up
+  __builtin_unreachable();
+}
+
+void barrier(Here here) {
+  char* turn = &block_order().barrier[me().barriers++ % 2];
+  release(turn);
+  wait(Status::at_barrier, here);
+  ++state.at_barrier;
+  if (state.counts) ++state.counts->barriers;
+  try_barrier();
+  pause();
+  acquire(turn);
+}
+
+uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here) {
+  const int warp = running.thread / kWarp, lanes = warp * kWarp;
+  Thread& thread = me();
+  wait(Status::at_warp_op, here);
+  thread.op = op;
+  thread.value = value;
+  thread.argument = argument;
+  int arrived = 0;
+  for (int i = lanes; i < lanes + kWarp; ++i) {
+    const Thread& lane = *state.pool[i];
+    if (lane.status == Status::exited) {
+      fail(here, "a warp operation for all lanes, but lane %d has returned", i % kWarp);
+    }
+    if (lane.status != Status::at_warp_op) continue;
+    ++arrived;
+    if (lane.op != op || !same(lane.here, here)) {
+      fail(here, "lanes of the warp are in different operations; lane %d waits at line %d", i % kWarp, lane.here.line);
+    }
+  }
+  // Only a warp barrier orders memory, shuffles do not.
+  char* turn = op == WarpOp::barrier ? &block_order().warp[thread.warp_barriers++ % 2][warp] : nullptr;
+  if (turn) release(turn);
+  if (arrived == kWarp) finish_warp_op(lanes);
+  pause();
+  if (turn) acquire(turn);
+  return thread.result;
+}
+
+// Between blocks only fences order memory: what a thread wrote before its fence is visible to those that fence after
+// an atomic operation of their block.
+void fence() {
+  release(&order.fence);
+  if (state.did_atomic) acquire(&order.fence);
+}
+
+unsigned atomic_add(unsigned* counter, unsigned value, Here here) {
+  global_access(counter, sizeof(unsigned), true, here);
+  state.did_atomic = true;
+  return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+
+void record_global(const void* p, size_t bytes, bool store, Here here) { record(p, bytes, store, false, here); }
+
+SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here) {
+  for (int i = 0; i < state.array_count; ++i) {
+    if (state.arrays[i].key == key) return state.arrays[i].shared;
+  }
+  const size_t at = state.shared_bytes;
+  state.shared_bytes += (element_bytes * size_t(count) + 15) / 16 * 16;
+  if (state.shared_bytes > kSharedLimit || state.array_count == kArraysLimit) {
+    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, state.shared_bytes, kSharedLimit);
+  }
+  const SharedArray array{name, state.shared + at, state.shared + kSharedLimit + at, count};
+  state.arrays[state.array_count++] = {key, array};
+  return array;
+}
+
+void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, Here here) {
+  if (i < 0 || i >= array.count) {
+    fail(here, "%s[%d] in shared memory, which has %d elements", array.name, i, array.count);
+  }
+  const size_t at = size_t(i) * bytes;
+  if (store) {
+    for (size_t k = 0; k < bytes; ++k) array.written[at + k] = 1;
+  } else if (!array.written[at]) {
+    fail(here, "%s[%d] in shared memory is read and was never written", array.name, i);
+  }
+  if (running.counting) record(array.data + at, bytes, store, true, here);
+  return array.data + at;
+}
+
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body) {
+  if (threads <= 0 || threads > 1024 || threads % kWarp != 0) {
+    throw std::runtime_error(std::string("SIMT: ") + name + ": " + std::to_string(threads) +
+                             " threads a block; a multiple of 32 up to 1024 is allowed");
+  }
+  const std::lock_guard lock(state.mutex);
+  Fiber scheduler;
+  state.scheduler = &scheduler;
+  state.body = &body;
+  state.kernel = name;
+  state.error.clear();
+  state.threads = threads;
+  for (auto& pool : state.pools) {
+    while (int(pool.size()) < threads) pool.push_back(std::make_unique<Thread>());
+  }
+  state.passes.resize(threads);
+  Counts counts;
+  counts.kind = "kernel";
+  counts.name = name;
+  counts.blocks = blocks;
+  counts.threads = threads;
+  state.counts = state.counting ? &counts : nullptr;
+  running.counting = state.counting;
+  running.blocks = int(blocks);
+  state.ready.reserve(threads);
+  for (const int block : sequence(blocks)) run_block(block);
+  acquire(&order.done);
+  state.memory.clear();
+  if (state.counting) state.recorded.push_back(counts);
+}
+
+void zero(void* data, size_t bytes) {
+  memset(data, 0, bytes);
+  const std::lock_guard lock(state.mutex);
+  if (!state.counting) return;
+  Counts counts;
+  counts.kind = "memset";
+  counts.store_bytes = int64_t(bytes);
+  state.recorded.push_back(counts);
+}
+
+void copy_in(void* device, const void* host, size_t bytes) {
+  memcpy(device, host, bytes);
+  const std::lock_guard lock(state.mutex);
+  if (!state.counting) return;
+  Counts counts;
+  counts.kind = "copy";
+  counts.store_bytes = int64_t(bytes);
+  state.recorded.push_back(counts);
+}
+
+// IEEE binary16, by the bits: exact, and rounding to nearest even.
+float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  if (exponent == 0) {  // a multiple of 2^-24
+    const float value = float(fraction) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return __builtin_bit_cast(float, sign | wide << 23 | fraction << 13);
+}
+
+uint16_t float_to_half(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to 2^16 or more
+  if (magnitude < 0x38800000) {                       // below 2^-14: in units of 2^-24, rounded by the addition
+    const float units = __builtin_bit_cast(float, magnitude) * 0x1p24f + 0x1p23f;
+    return uint16_t(sign | (__builtin_bit_cast(uint32_t, units) - 0x4b000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return uint16_t(sign | ((rounded >> 13) - (112 << 10)));
+}
+
+}  // namespace simt
+
+void simt_set_schedule(int kind, uint64_t seed) {
+  const std::lock_guard lock(simt::state.mutex);
+  simt::state.schedule = simt::Schedule(kind);
+  simt::state.random = seed * 0x9e3779b97f4a7c15ull + 1;
+}
+
+void simt_set_counting(int counting) {
+  const std::lock_guard lock(simt::state.mutex);
+  simt::state.counting = counting != 0;
+  if (counting) simt::state.recorded.clear();
+}
+
+const char* simt_counts() {
+  const std::lock_guard lock(simt::state.mutex);
+  std::string text = "[";
+  for (const simt::Counts& counts : simt::state.recorded) text += (text.size() > 1 ? ", " : "") + counts.json();
+  simt::state.json = text + "]";
+  return simt::state.json.c_str();
+}
