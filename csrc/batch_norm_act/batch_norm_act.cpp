@@ -11,11 +11,11 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
-#include <iterator>
 #include <numeric>
 #include <string>
 #include <tuple>
 
+#include "batch_norm_act/host.h"
 #include "batch_norm_act/per_channel.h"
 #include "core/allocate.h"
 #include "core/checks.h"
@@ -31,67 +31,27 @@ constexpr int64_t kStreamAbove = 16 << 20;   // bytes of an elementwise pass tha
 constexpr int64_t kFreshAbove = 32 << 20;    // bytes of a tensor that the C library takes from the kernel, page by page
 constexpr int64_t kRowTurn = 256;            // columns above which large data is taken row by row
 constexpr int64_t kValuesPerBlock = 65536;   // channels that go through both passes together, half a level-2 cache
-constexpr int64_t kExactBelow = 256;         // values per channel: roundings of single terms average out above
 // Additions in single precision before a sum goes to double. The terms of a gradient cancel: their errors show sooner.
 constexpr int kStatisticsFlush = 32, kGradientFlush = 16;
 constexpr int64_t kValuesPerPiece = 32768;  // one work item of a statistics pass
 
 const BatchNormActKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(batch_norm_act_kernels); }
 
-Activation activation_of(const std::string& name) {
-  constexpr const char* kNames[] = {"identity", "relu", "leaky_relu", "relu6",
-                                    "silu",     "gelu", "gelu_tanh",  "hardswish"};
-  for (int i = 0; i < 8; ++i)
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  STD_TORCH_CHECK(false, "batch_norm_act: activation '", name, "' is not known");
-  return Activation::identity;
-}
-
-bool is_channels_last(const Tensor& x) {
-  int64_t expected = x.size(1);
-  if (x.size(1) != 1 && x.stride(1) != 1) return false;
-  for (int64_t d = x.dim() - 1; d != 1; d = d == 2 ? 0 : d - 1) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-    if (d == 0) break;
-  }
-  return true;
-}
-
 BatchNormActProblem problem_of(const Tensor& x, const std::string& activation, double negative_slope,
                                int flush = kStatisticsFlush) {
   core::check_cpu(x, "batch_norm_act", "x");
-  STD_TORCH_CHECK(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
   BatchNormActProblem p{};
-  p.dtype = core::data_type_of(x, "batch_norm_act", "x");
-  p.activation = activation_of(activation);
-  p.negative_slope = negative_slope;
-  p.batch = x.size(0);
-  p.channels = x.size(1);
-  p.inner = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) p.inner *= x.size(d);
-  const bool contiguous = x.is_contiguous();
-  STD_TORCH_CHECK(contiguous || x.dim() == 2 || is_channels_last(x), "batch_norm_act: x must be dense");
-  STD_TORCH_CHECK(contiguous || x.dim() > 2, "batch_norm_act: x must be dense");
+  static_cast<BatchNormActShape&>(p) = shape_of(x, activation, negative_slope);
   if (x.numel() == 0) return p;
 
-  const int64_t count = p.batch * p.inner;
-  p.exact = count <= kExactBelow;
+  const int64_t count = p.count();
   p.flush = p.exact ? 1 : p.dtype <= DataType::f64 ? flush : std::min(flush, 8);
-  const bool channels_adjacent = !contiguous || p.inner == 1;
-  p.next_channel = channels_adjacent ? 1 : p.inner;
-  p.samples = std::min<int64_t>(count, std::size(p.sample_offset));
-  for (int64_t i = 0; i < p.samples; ++i) {
-    const int64_t at = i * count / p.samples, n = at / p.inner, l = at % p.inner;
-    p.sample_offset[i] = channels_adjacent ? at * p.channels : n * p.channels * p.inner + l;
-  }
-
-  p.planar = contiguous && p.inner >= kLanes;
+  p.planar = !p.channels_adjacent && p.inner >= kLanes;
   if (p.planar) {
     p.pieces = std::min(p.batch, std::max<int64_t>(1, count / kValuesPerPiece));
     return p;
   }
-  p.group = contiguous ? p.inner : 1;
+  p.group = p.channels_adjacent ? 1 : p.inner;
   p.period = p.channels * p.group;
   p.columns = p.period * (kLanes / std::gcd(p.period, kLanes));
   p.rows = x.numel() / p.columns;
@@ -154,7 +114,7 @@ void run(const BatchNormActProblem& p, Sums* sums, bool want_each, const Prepare
 
 // Statistics of one channel in double, two passes, for values whose squares do not fit single precision.
 std::pair<double, double> careful_statistics(const BatchNormActProblem& p, const void* x, int64_t channel) {
-  const int64_t count = p.batch * p.inner;
+  const int64_t count = p.count();
   const auto value = [&](int64_t i) {
     const int64_t n = i / p.inner, l = i % p.inner;
     const int64_t at = p.next_channel == 1 ? i * p.channels + channel : (n * p.channels + channel) * p.inner + l;
@@ -172,18 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
                                              std::optional<double> momentum, double eps, std::string activation,
                                              double negative_slope) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope);
+  check_train(p, x, residual, weight, bias, running_mean, running_var, num_batches_tracked);
   const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
-  core::check_same_layout(residual, x, "batch_norm_act_train", "residual");
-  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_train", "weight");
-  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_train", "bias");
-  core::check_vector(running_mean, p.channels, stat_type, "batch_norm_act_train", "running_mean");
-  core::check_vector(running_var, p.channels, stat_type, "batch_norm_act_train", "running_var");
-  STD_TORCH_CHECK(!num_batches_tracked.has_value() ||
-                      (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1),
-                  "batch_norm_act_train: num_batches_tracked must be one int64");
-  const int64_t count = p.batch * p.inner;
-  STD_TORCH_CHECK(count > 1 || x.numel() == 0, "batch_norm_act_train: more than one value per channel is needed");
-
   Tensor mean = core::empty_vector(p.channels, stat_type, x);
   Tensor invstd = core::empty_vector(p.channels, stat_type, x);
   double factor = momentum.value_or(0);  // as torch: no update for momentum=None without a count
@@ -221,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   void* running_mean_data = running_mean.has_value() ? running_mean->mutable_data_ptr() : nullptr;
   void* running_var_data = running_var.has_value() ? running_var->mutable_data_ptr() : nullptr;
 
+  const int64_t count = p.count();
   const double per_count = 1 / double(count), unbiased = double(count) / double(count - 1);
   const auto prepare = [&](int64_t begin, int64_t end) {
     kernel.sample(p, args.x, begin, end, shifts.data() + begin);
@@ -258,13 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
 Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor mean,
                 Tensor invstd, std::string activation, double negative_slope) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope);
-  const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
-  core::check_same_layout(residual, x, "batch_norm_act_eval", "residual");
-  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_eval", "weight");
-  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_eval", "bias");
-  core::check_vector(mean, p.channels, stat_type, "batch_norm_act_eval", "mean");
-  core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_eval", "invstd");
-
+  check_eval(p, x, residual, weight, bias, mean, invstd);
   if (x.numel() == 0) return core::empty_like(x);
   Scratch scratch;
   AffineNumbers affine(p, weight, bias, scratch);
@@ -292,13 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
                                                         bool need_affine) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
-  core::check_same_layout(grad_y, x, "batch_norm_act_backward", "grad_y");
-  core::check_same_layout(kept, x, "batch_norm_act_backward", "kept");
-  core::check_vector(weight, p.channels, stat_type, "batch_norm_act_backward", "weight");
-  core::check_vector(bias, p.channels, stat_type, "batch_norm_act_backward", "bias");
-  core::check_vector(mean, p.channels, stat_type, "batch_norm_act_backward", "mean");
-  core::check_vector(invstd, p.channels, stat_type, "batch_norm_act_backward", "invstd");
-
+  check_backward(p, x, grad_y, kept, weight, bias, mean, invstd);
   const auto like_x = [&](bool wanted) {
     return wanted ? core::empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
   };
@@ -310,7 +249,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
     return {like_x(need_x), like_x(need_residual), grad_weight, grad_bias};
   }
 
-  const int64_t count = p.batch * p.inner;
   Scratch scratch;
   const Values means = read(mean, p.channels, 0, scratch), invstds = read(invstd, p.channels, 1, scratch);
   AffineNumbers affine(p, weight, bias, scratch);
@@ -335,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   affine.give(args);
 
   void *grad_weight_data = grad_weight.mutable_data_ptr(), *grad_bias_data = grad_bias.mutable_data_ptr();
-  const double per_count = 1 / double(count);
+  const double per_count = 1 / double(p.count());
   const auto nothing = [](int64_t, int64_t) {};
   const auto finish = [&](int64_t begin, int64_t end) {
     sums.read(begin, end, sum_g, sum_gx);

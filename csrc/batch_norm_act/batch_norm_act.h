@@ -21,24 +21,31 @@ inline bool derivative_from_output(Activation activation, double negative_slope)
          (activation == Activation::leaky_relu && negative_slope >= 0);
 }
 
-struct BatchNormActProblem {
+// What a call says, whatever device it is for (host.h).
+struct BatchNormActShape {
   core::DataType dtype;
   Activation activation;
   double negative_slope;
+  int64_t batch, channels, inner;  // N, C, L
+  bool channels_adjacent;          // the values of neighbouring channels are neighbours in memory
+  bool exact;  // so few values per channel that the rounding of a single term would show: statistics
+               // are taken in double from the start
+  // Offsets of samples spread over the values of channel 0; `next_channel` further on lie those of the next one.
+  int64_t samples, sample_offset[8], next_channel;
+
+  int64_t count() const { return batch * inner; }  // values of a channel
+};
+
+struct BatchNormActProblem : BatchNormActShape {
   bool planar;
-  int64_t batch, channels, inner;              // N, C, L
   int64_t rows, columns, period, group, tail;  // rows view: complete rows, values in the incomplete one
   // Statistics are summed in pieces that depend on the shape alone, so that no sum depends on the number of threads.
   // planar: `pieces` runs of whole planes per channel; rows: `pieces` blocks of `rows_per_piece` rows (and the tail).
   int64_t pieces, rows_per_piece;
   int64_t rows_at_once;  // rows of an elementwise pass that share loaded per-channel numbers
   // Sums of single-precision terms go to double after `flush` additions: sooner for 16-bit data, whose few different
-  // values bring the same rounding errors over and over. exact: so few values that one rounding of a
-  // term would show, statistics are taken in double from the start.
+  // values bring the same rounding errors over and over.
   int flush;
-  bool exact;
-  // Offsets of samples spread over the values of channel 0; `next_channel` further on lie those of the next one.
-  int64_t samples, sample_offset[8], next_channel;
 };
 
 // Per-channel numbers come as one value per channel (planar) or per column (rows), float, or double for f64 data.

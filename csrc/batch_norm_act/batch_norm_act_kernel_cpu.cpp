@@ -106,28 +106,6 @@ void backward(const Problem& p, const Backward& args, int64_t begin, int64_t end
 
 // ---- run-time choices to template arguments -------------------------------------------------------------------------
 
-template <class Call>
-void with_activation(const Problem& p, const Call& call) {
-  switch (p.activation) {
-    case Activation::identity:
-      return call(Identity{});
-    case Activation::relu:
-      return call(Relu{});
-    case Activation::leaky_relu:
-      return call(LeakyRelu{p.negative_slope});
-    case Activation::relu6:
-      return call(Relu6{});
-    case Activation::silu:
-      return call(Silu{});
-    case Activation::gelu:
-      return call(Gelu{});
-    case Activation::gelu_tanh:
-      return call(GeluTanh{});
-    case Activation::hardswish:
-      return call(Hardswish{});
-  }
-}
-
 void sample_any(const Problem& p, const void* x, int64_t begin, int64_t end, double* shift) {
   DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { sample(p, static_cast<const T*>(x), begin, end, shift); });
 }
@@ -138,7 +116,7 @@ void statistics_any(const Problem& p, const Forward& args, int64_t begin, int64_
 
 void forward_any(const Problem& p, const Forward& args, int64_t begin, int64_t end) {
   DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
-    with_activation(p, [&](const auto& act) {
+    with_activation(p.activation, p.negative_slope, [&](const auto& act) {
       args.residual ? forward<T, true>(p, args, begin, end, act) : forward<T, false>(p, args, begin, end, act);
     });
   });
@@ -147,7 +125,7 @@ void forward_any(const Problem& p, const Forward& args, int64_t begin, int64_t e
 // Calls call<kept>(act) for the combination at hand; only those that batch_norm_act.cpp asks for are compiled.
 template <class Call>
 void with_kept(const Problem& p, const Backward& args, const Call& call) {
-  with_activation(p, [&]<class Act>(const Act& act) {
+  with_activation(p.activation, p.negative_slope, [&]<class Act>(const Act& act) {
     constexpr bool from_output = __is_same(Act, Relu) || __is_same(Act, LeakyRelu) || __is_same(Act, Relu6);
     constexpr bool from_residual = !__is_same(Act, Relu) && !__is_same(Act, Relu6) && !__is_same(Act, Identity);
     if (!args.kept) return call.template operator()<Kept::nothing>(act);

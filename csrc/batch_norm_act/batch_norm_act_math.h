@@ -4,6 +4,7 @@
 //   backward(g, z)  g * act'(z), with torch's conventions where act' jumps. For relu, relu6 and leaky_relu with a slope
 //                   >= 0, z may be replaced by act(z). NaN passes through both, as in torch.
 #pragma once
+#include "batch_norm_act/batch_norm_act.h"
 #include "core/math.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -117,5 +118,28 @@ struct Hardswish {  // z * relu6(z + 3) / 6
     return select(z <= V(-3.0f), V(0.0f), select(z >= V(3.0f), g, inside));
   }
 };
+
+// Calls call(activation) with the object of one of the types above.
+template <class Call>
+DEEPOPS_HD void with_activation(Activation activation, double negative_slope, const Call& call) {
+  switch (activation) {
+    case Activation::identity:
+      return call(Identity{});
+    case Activation::relu:
+      return call(Relu{});
+    case Activation::leaky_relu:
+      return call(LeakyRelu{negative_slope});
+    case Activation::relu6:
+      return call(Relu6{});
+    case Activation::silu:
+      return call(Silu{});
+    case Activation::gelu:
+      return call(Gelu{});
+    case Activation::gelu_tanh:
+      return call(GeluTanh{});
+    case Activation::hardswish:
+      return call(Hardswish{});
+  }
+}
 
 }  // namespace deepops::DEEPOPS_ISA

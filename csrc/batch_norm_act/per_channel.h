@@ -3,17 +3,12 @@
 #include <algorithm>
 #include <span>
 
-#include "batch_norm_act/batch_norm_act.h"
-#include "core/checks.h"
+#include "batch_norm_act/host.h"
 #include "core/scratch.h"
 
 namespace deepops {
 
-using core::DataType;
-using core::ScalarType;
 using core::Scratch;
-using core::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline int64_t row_items(const BatchNormActProblem& p) { return p.pieces + (p.tail > 0); }
 

@@ -43,26 +43,31 @@ inline void check_cpu(const Tensor& tensor, const char* op, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
 }
 
-// A vector of `size` values of the given type on the CPU, or nothing.
-inline void check_vector(const std::optional<Tensor>& tensor, int64_t size, ScalarType type, const char* op,
-                         const char* name) {
+inline void check_same_device(const Tensor& tensor, const Tensor& x, const char* op, const char* name) {
+  const bool same = tensor.is_cpu() == x.is_cpu() && tensor.is_cuda() == x.is_cuda() &&
+                    (x.is_cpu() || tensor.get_device_index() == x.get_device_index());
+  STD_TORCH_CHECK(same, op, ": ", name, " must be on the same device as x");
+}
+
+// A vector of `size` values of the given type on the device of x, or nothing.
+inline void check_vector(const std::optional<Tensor>& tensor, int64_t size, ScalarType type, const Tensor& x,
+                         const char* op, const char* name) {
   if (!tensor.has_value()) return;
-  check_cpu(*tensor, op, name);
+  check_same_device(*tensor, x, op, name);
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(), op, ": ", name,
                   " must be contiguous with one value per channel");
   STD_TORCH_CHECK(tensor->scalar_type() == type, op, ": ", name, " must be ",
                   type == ScalarType::Double ? "float64" : "float32");
 }
 
-// Same sizes, strides and type as `like`, or nothing.
-inline void check_same_layout(const std::optional<Tensor>& tensor, const Tensor& like, const char* op,
-                              const char* name) {
+// Same device, sizes, strides and type as x, or nothing.
+inline void check_same_layout(const std::optional<Tensor>& tensor, const Tensor& x, const char* op, const char* name) {
   if (!tensor.has_value()) return;
-  check_cpu(*tensor, op, name);
-  bool same = tensor->dim() == like.dim() && tensor->scalar_type() == like.scalar_type();
-  for (int64_t d = 0; same && d < like.dim(); ++d)
-    same = tensor->size(d) == like.size(d) && (like.size(d) == 1 || tensor->stride(d) == like.stride(d));
-  STD_TORCH_CHECK(same || like.numel() == 0, op, ": ", name, " must have the sizes, strides and dtype of x");
+  check_same_device(*tensor, x, op, name);
+  bool same = tensor->dim() == x.dim() && tensor->scalar_type() == x.scalar_type();
+  for (int64_t d = 0; same && d < x.dim(); ++d)
+    same = tensor->size(d) == x.size(d) && (x.size(d) == 1 || tensor->stride(d) == x.stride(d));
+  STD_TORCH_CHECK(same || x.numel() == 0, op, ": ", name, " must have the sizes, strides and dtype of x");
 }
 
 }  // namespace deepops::core

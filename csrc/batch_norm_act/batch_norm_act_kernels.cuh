@@ -1,0 +1,333 @@
+// GPU kernels of batch_norm_act, over either view of the data (planar.cuh, rows.cuh). As on the CPU:
+//
+//   statistics   mean and invstd from the sums of x - shift and of its square; running statistics
+//   forward      y = act(z + residual), z = (x - mean) * scale + bias
+//   reduce       gradients of weight and bias and two means, from the sums of g and of g * (x - mean)
+//   backward     grad_x = scale * (g - mean_grad - (x - mean) * slope_grad), grad_residual = g
+//
+// Sums: a few terms in the type of arithmetic, then double; threads, blocks and pieces are added up in an order that
+// the shape alone determines. The block that comes last adds the pieces.
+#pragma once
+#include "batch_norm_act/planar.cuh"
+#include "batch_norm_act/rows.cuh"
+
+namespace deepops::isa_gpu {
+
+// Chunks whose loads are under way together. Fewer of 16-bit data, whose chunks fill more registers.
+template <class T>
+inline constexpr int kStatisticsUnroll = 4;
+template <class T>
+inline constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
+
+// ---- sums of all pieces ---------------------------------------------------------------------------------------------
+
+struct Pieces {
+  double* partial;    // [tile][piece][2][columns]; with one piece unused
+  unsigned* arrived;  // [tile], zeros
+};
+
+// True in the block that has the sums of all pieces, in its threads below view.columns().
+template <class View>
+DEEPOPS_DEVICE bool sum_pieces(const View& view, const Pieces& pieces, Sums& sums) {
+  if (view.pieces == 1) return true;
+  DEEPOPS_SHARED(double, shared_a, kThreads);
+  DEEPOPS_SHARED(double, shared_b, kThreads);
+  const int columns = view.columns(), thread = gpu::thread();
+  double* const tile = pieces.partial + int64_t(view.tile()) * view.pieces * 2 * columns;
+  if (thread < columns) {
+    double* const mine = tile + int64_t(view.piece()) * 2 * columns + thread;
+    gpu::store(mine, sums.a);
+    gpu::store(mine + columns, sums.b);
+  }
+  if (!gpu::last_block(pieces.arrived + view.tile(), unsigned(view.pieces))) return false;
+
+  const int column = thread % columns, first = thread / columns, step = kThreads / columns;
+  sums = {0, 0};
+#pragma unroll 4
+  for (int piece = first; piece < view.pieces; piece += step) {
+    const double* const from = tile + int64_t(piece) * 2 * columns + column;
+    sums.a += gpu::load_fresh(from);
+    sums.b += gpu::load_fresh(from + columns);
+  }
+  shared_a.store(thread, sums.a);
+  shared_b.store(thread, sums.b);
+  for (int half = step / 2; half > 0; half /= 2) {
+    gpu::barrier();
+    if (first >= half) continue;
+    sums.a += shared_a.load(thread + half * columns);
+    sums.b += shared_b.load(thread + half * columns);
+    shared_a.store(thread, sums.a);
+    shared_b.store(thread, sums.b);
+  }
+  return true;
+}
+
+// ---- statistics -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Statistics {
+  const T* x;
+  BatchNormActShape shape;
+  OpMath<T>*mean, *invstd;               // [C]
+  OpMath<T>*running_mean, *running_var;  // [C], or null
+  const int64_t* num_batches_tracked;    // before this batch; null: `factor` holds
+  double factor, eps;                    // factor: momentum
+  double per_count, unbiased;            // 1 / n, n / (n - 1)
+  Pieces pieces;
+};
+
+// The mean of samples spread over the channel. Any finite value would be correct; one near the mean is accurate.
+template <class T>
+DEEPOPS_DEVICE double sample(const Statistics<T>& args, int64_t channel) {
+  const BatchNormActShape& shape = args.shape;
+  double sum = 0;
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+    if (s < shape.samples)
+      sum += double(gpu::widen(gpu::load(args.x + shape.sample_offset[s] + channel * shape.next_channel)));
+  }
+  double mean = sum / double(shape.samples);
+  // On the grid of the data, differences have few bits: rounding errors of equal values do not add up.
+  if (!shape.exact) mean = double(gpu::widen(gpu::narrow<T>(OpMath<T>(mean))));
+  return mean - mean == 0 ? mean : 0;  // not finite: any value does
+}
+
+// Adds x - shift and its square. S: the type of the differences.
+template <class S, int U, class T, class View>
+DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, const View& view) {
+  constexpr int V = View::V;
+  typename View::ThreadSums sums;
+  const auto shift =
+      view.template numbers<Shift<S>>([&](int64_t channel) { return Shift<S>{S(sample(args, channel))}; });
+  view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
+    Values<T, V> values[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) values[u] = fetch(args.x, chunks[u]);
+    S x[U][V];
+#pragma unroll
+    for (int u = 0; u < U; ++u) widen(values[u], chunks[u], [&](int i) { return shift(i).near; }, x[u]);
+    sums.template add<S, U>([&](int u, int i, S& a, S& b) {
+      const S d = x[u][i] - shift(i).near;
+      a += d;
+      b += d * d;
+    });
+  });
+  return sums;
+}
+
+struct Moments {
+  double mean, variance;
+};
+
+// Two passes in double over one channel, by a block, for values whose squares do not fit single precision.
+template <class T, class View>
+DEEPOPS_DEVICE Moments careful_moments(const Statistics<T>& args, const View& view, int64_t channel) {
+  DEEPOPS_SHARED(double, common, 1);
+  const int64_t count = args.shape.batch * args.shape.inner;
+  double mean = 0, variance = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    double sum[1] = {0};
+    for (int64_t i = gpu::thread(); i < count; i += kThreads) {
+      const double value = double(gpu::widen(gpu::load(args.x + view.offset(channel, i))));
+      sum[0] += (pass == 0 ? value : (value - mean) * (value - mean)) / double(count);
+    }
+    gpu::barrier();  // the last use of shared memory is over
+    gpu::block_sum<kThreads>(sum);
+    if (gpu::thread() == 0) common.store(0, sum[0]);
+    gpu::barrier();
+    (pass == 0 ? mean : variance) = common.load(0);
+  }
+  return {mean, variance};
+}
+
+// Takes the statistics of those channels of the block again whose squares overflowed, or that are not finite.
+template <class T, class View>
+DEEPOPS_DEVICE void repair(const Statistics<T>& args, const View& view, bool broken, Moments& moments) {
+  DEEPOPS_SHARED(unsigned, masks, kWarps);
+  const unsigned mask = gpu::ballot(broken);
+  if (gpu::lane() == 0) masks.store(gpu::warp(), mask);
+  gpu::barrier();
+  for (int warp = 0; warp * gpu::kWarp < view.columns(); ++warp) {
+    const unsigned found = masks.load(warp);
+    for (int bit = 0; found >> bit != 0 && bit < gpu::kWarp; ++bit) {
+      if (!(found >> bit & 1u)) continue;
+      const int column = warp * gpu::kWarp + bit;
+      const Moments careful = careful_moments(args, view, view.channel(column));
+      if (gpu::thread() == column) moments = careful;
+    }
+  }
+}
+
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads)
+statistics(Statistics<T> args, View view) {
+  using A = OpMath<T>;
+  constexpr int U = kStatisticsUnroll<T>;
+  const auto mine = args.shape.exact ? sum_squares<double, U>(args, view) : sum_squares<A, U>(args, view);
+  Sums sums = view.block_sums(mine);
+  if (!sum_pieces(view, args.pieces, sums)) return;
+
+  const int64_t channel = view.channel(gpu::thread());
+  const bool finishes = gpu::thread() < view.columns() && channel < view.channels;
+  Moments moments{0, 0};
+  if (finishes) {
+    const double offset = sums.a * args.per_count;
+    moments.mean = sample(args, channel) + offset;
+    moments.variance = sums.b * args.per_count - offset * offset;
+    if (moments.variance < 0) moments.variance = 0;
+  }
+  repair(args, view, finishes && !(sums.b - sums.b == 0), moments);
+  if (!finishes) return;
+
+  const double factor = args.num_batches_tracked ? 1.0 / double(gpu::load(args.num_batches_tracked) + 1) : args.factor;
+  const auto learn = [&](A* running, double value) {
+    if (!running) return;
+    gpu::store(running + channel, A((1 - factor) * double(gpu::load(running + channel)) + factor * value));
+  };
+  gpu::store(args.mean + channel, A(moments.mean));
+  gpu::store(args.invstd + channel, A(1 / DEEPOPS_LIBM(sqrt)(moments.variance + args.eps)));
+  learn(args.running_mean, moments.mean);
+  learn(args.running_var, args.unbiased * moments.variance);
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Forward {
+  const T* x;
+  const T* residual;  // or null
+  T* y;
+  AffineSource<OpMath<T>> source;
+  Activation activation;
+  double negative_slope;
+  int64_t* num_batches_tracked;  // to be incremented, or null
+};
+
+template <class T, int V, int U, class Numbers>
+DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+  using A = OpMath<T>;
+  Values<T, V> x[U], residual[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) x[u] = fetch(args.x, chunks[u]);
+  if (args.residual) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) residual[u] = fetch(args.residual, chunks[u]);
+  }
+  A z[U][V];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[u][i] = numbers(i)(gpu::widen(x[u].value[i]));
+    if (args.residual) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[u][i] += gpu::widen(residual[u].value[i]);
+    }
+  }
+  with_activation(args.activation, args.negative_slope, [&](const auto& act) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[u][i] = act.forward(z[u][i]);
+    }
+  });
+#pragma unroll
+  for (int u = 0; u < U; ++u) put(args.y, chunks[u], z[u]);
+}
+
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads)
+forward(Forward<T> args, View view) {
+  if (args.num_batches_tracked && gpu::block() == 0 && gpu::thread() == 0)
+    gpu::store(args.num_batches_tracked, gpu::load(args.num_batches_tracked) + 1);
+  const auto affine_of = [&](int64_t channel) { return args.source.at(channel); };
+  view.template for_part<kUnroll<T>, Affine<OpMath<T>>>(
+      affine_of, [&](const auto& chunks, const auto& numbers) { forward_chunks(args, chunks, numbers); });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Reduce {
+  Gradient<T> gradient;
+  AffineSource<OpMath<T>> source;
+  OpMath<T>*mean_grad, *slope_grad;   // [C], for the backward kernel
+  OpMath<T>*grad_weight, *grad_bias;  // [C], or null
+  double per_count;
+  bool exact;  // every term goes to double
+  Pieces pieces;
+};
+
+template <class S, int U, class T, class View>
+DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, const View& view) {
+  using A = OpMath<T>;
+  constexpr int V = View::V;
+  typename View::ThreadSums sums;
+  const auto numbers = view.template numbers<Affine<A>>([&](int64_t channel) { return args.source.at(channel); });
+  view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
+    A g[U][V], centered[U][V];
+    gradient(args.gradient, chunks, numbers, g, centered);
+    sums.template add<S, U>([&](int u, int i, S& a, S& b) {
+      a += S(g[u][i]);
+      b += S(g[u][i]) * S(centered[u][i]);
+    });
+  });
+  return sums;
+}
+
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads)
+reduce(Reduce<T> args, View view) {
+  using A = OpMath<T>;
+  constexpr int U = kUnroll<T>;
+  const auto mine = args.exact ? sum_gradients<double, U>(args, view) : sum_gradients<A, U>(args, view);
+  Sums sums = view.block_sums(mine);
+  if (!sum_pieces(view, args.pieces, sums)) return;
+
+  const int64_t channel = view.channel(gpu::thread());
+  if (gpu::thread() >= view.columns() || channel >= view.channels) return;
+  const double invstd = double(gpu::load(args.source.invstd + channel));
+  gpu::store(args.mean_grad + channel, A(sums.a * args.per_count));
+  gpu::store(args.slope_grad + channel, A(sums.b * args.per_count * invstd * invstd));
+  if (args.grad_weight) gpu::store(args.grad_weight + channel, A(sums.b * invstd));
+  if (args.grad_bias) gpu::store(args.grad_bias + channel, A(sums.a));
+}
+
+template <class T>
+struct Backward {
+  Gradient<T> gradient;
+  AffineSource<OpMath<T>> source;
+  const OpMath<T>*mean_grad, *slope_grad;  // [C]; null where the statistics were given
+  T *grad_x, *grad_residual;               // or null
+};
+
+template <class T, int V, int U, class Numbers>
+DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+  OpMath<T> g[U][V], centered[U][V];
+  gradient(args.gradient, chunks, [&](int i) { return numbers(i).affine; }, g, centered);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (args.grad_residual) put(args.grad_residual, chunks[u], g[u]);
+    if (!args.grad_x) continue;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const auto number = numbers(i);
+      if (args.mean_grad) g[u][i] = g[u][i] - number.mean_grad - centered[u][i] * number.slope_grad;
+      g[u][i] = number.affine.scale * g[u][i];
+    }
+    put(args.grad_x, chunks[u], g[u]);
+  }
+}
+
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads)
+backward(Backward<T> args, View view) {
+  using A = OpMath<T>;
+  const auto numbers_of = [&](int64_t channel) -> InputGrad<A> {
+    if (!args.mean_grad) return {args.source.at(channel), A(0), A(0)};
+    return {args.source.at(channel), gpu::load(args.mean_grad + channel), gpu::load(args.slope_grad + channel)};
+  };
+  view.template for_part<kUnroll<T>, InputGrad<A>>(
+      numbers_of, [&](const auto& chunks, const auto& numbers) { backward_chunks(args, chunks, numbers); });
+}
+
+}  // namespace deepops::isa_gpu
