@@ -31,16 +31,23 @@ void find(void* library, const char* name, Function& function) {
   if (!function) throw std::runtime_error(std::string("_ops.so lacks the symbol ") + name);
 }
 
-// path: of the _ops.so that torch.ops.load_library() has loaded.
-void attach_ops(const std::string& path) {
+// path: of a library that torch.ops.load_library() has loaded.
+void* loaded(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
   if (!library) throw std::runtime_error("not loaded: " + path);
+  return library;
+}
+
+void attach_ops(const std::string& path) {
+  void* library = loaded(path);
   find(library, "deepops_cpu_isa", ops.cpu_isa);
   find(library, "deepops_best_cpu_isa", ops.best_cpu_isa);
   find(library, "deepops_set_cpu_isa", ops.set_cpu_isa);
   find(library, "deepops_parallel_regions", ops.parallel_regions);
-  deepops::optim::attach(library);
+  deepops::optim::attach(library, "cpu");
 }
+
+void attach(const std::string& path, const std::string& backend) { deepops::optim::attach(loaded(path), backend); }
 
 const OpsLibrary& attached() {
   if (!ops.cpu_isa) throw std::runtime_error("deepops: _ops.so is not loaded");
@@ -75,6 +82,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &build_info, "Facts fixed when the binaries were built.");
   m.def("attach_ops", &attach_ops, py::arg("path"));
+  m.def("attach", &attach, py::arg("path"), py::arg("backend"), "Take the steps of `backend` from this library.");
   m.def("cpu_isa", [] { return kIsaNames[attached().cpu_isa()]; }, "The instruction set the CPU kernels use now.");
   m.def("cpu_isas", &cpu_isas, "The instruction sets this machine can run, weakest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Use this instruction set; for tests.");

@@ -7,6 +7,7 @@
 //
 // Blocks and grids have one dimension. `Here` parameters are never given: they tell the executor where a call stands.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -24,7 +25,6 @@
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
@@ -140,6 +140,36 @@ inline void copy_in(void* device, const void* host, size_t bytes, Stream stream)
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "copy");
 }
 
+// Whether what is queued on the stream now becomes part of a CUDA graph.
+inline bool capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "capture status");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+
+// [bytes] of page-locked memory, uninitialised, from torch's caching allocator.
+inline torch::stable::Tensor host_bytes(int64_t bytes) {
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  // Where the allocator has nothing left it asks the driver, which refuses that to a thread that captures a graph
+  // unless the thread says that it knows what it does.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
+  const AOTITorchError error = aoti_torch_empty_strided_pinned(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                               aoti_torch_device_type_cpu(), 0, &made);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return torch::stable::Tensor(made);
+}
+
+// In the order of torch's current stream, without waiting. torch does not give the memory of `host` to anybody else
+// before the copy is done, even if the tensor is gone.
+inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Tensor& host) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(device.get(), host.get(), 1));
+}
+
 // STABLE_TORCH_LIBRARY_IMPL of the GPU kernels.
 #define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops, CUDA, m)
 
@@ -245,11 +275,33 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
 inline void copy_in(void* device, const void* host, size_t bytes, Stream) { ::simt::copy_in(device, host, bytes); }
 
+inline bool capturing(Stream) { return false; }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+inline torch::stable::Tensor host_bytes(int64_t bytes) {
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Tensor& host) {
+  ::simt::copy_in(device.data_ptr(), host.data_ptr(), size_t(host.numel()));
+}
+
 #define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops_simt, CPU, m)
 
 #endif
 
 // ---- what is the same -----------------------------------------------------------------------------------------------
+
+// [bytes] of device memory, uninitialised, from torch's caching allocator: for what is queued on the current stream.
+inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), device_index, &made));
+  return torch::stable::Tensor(made);
+}
 
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
 DEEPOPS_DEVICE int warp() { return thread() / kWarp; }

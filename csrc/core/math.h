@@ -3,15 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#include "core/host_device.h"
+
 #ifndef DEEPOPS_ISA
 #define DEEPOPS_ISA isa_generic
-#endif
-#ifdef __CUDACC__
-#define DEEPOPS_HD __host__ __device__ inline
-#define DEEPOPS_LIBM(name) ::name
-#else
-#define DEEPOPS_HD inline
-#define DEEPOPS_LIBM(name) __builtin_##name  // no std header: see core/dtype.h
 #endif
 
 namespace deepops::DEEPOPS_ISA {

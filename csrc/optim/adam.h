@@ -12,6 +12,14 @@ struct AdamHyper {
   double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
 };
 
+// ... and what a kernel needs of it: powers[k] = beta^(2^k), of which it makes beta^t by products alone (power() in
+// adam_math.h), so that CPU and GPU have the same bits whatever their libraries' pow().
+struct alignas(16) AdamGroup {
+  static constexpr int kPowers = 32;
+  AdamHyper hyper;
+  double beta1_powers[kPowers], beta2_powers[kPowers];
+};
+
 // What is the same for all elements of a tensor in one step. Computed in double; a kernel for fp32 arithmetic rounds.
 struct AdamScalars {
   double sign;         // -1: maximize
@@ -37,8 +45,14 @@ struct AdamChunk {
 }  // namespace deepops::optim
 
 namespace deepops {
+// t: the step that is being taken, from 1.
+DEEPOPS_DECLARE_FOR_EACH_ISA(optim::AdamScalars adam_scalars(const optim::AdamGroup& group, float t);)
 DEEPOPS_DECLARE_FOR_EACH_ISA(void adam_chunk(const optim::AdamChunk& chunk, const optim::AdamScalars& scalars);)
-}
+}  // namespace deepops
 
-// One step over all rows, in one parallel region; advances the step counters. Exported for `_C` (collect.cpp).
-extern "C" __attribute__((visibility("default"))) void deepops_adam_step(const deepops::optim::StepCall* call);
+// One step over all rows; advances the step counters. Exported for `_C` (table.cpp): by _ops.so, in one parallel
+// region, and by the library of the GPU kernels, in one launch.
+extern "C" {
+__attribute__((visibility("default"))) void deepops_adam_step(const deepops::optim::StepCall* call);
+__attribute__((visibility("default"))) void deepops_adam_step_cuda(const deepops::optim::StepCall* call);
+}

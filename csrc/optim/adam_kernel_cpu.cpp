@@ -69,27 +69,12 @@ void update(T* p, const T* g, T* m, T* v, T* v_max, int64_t n, const AdamFactors
   }
 }
 
-template <class T>
-AdamFactors<core::OpMath<T>> rounded(const AdamScalars& s) {
-  using C = core::OpMath<T>;
-  return {C(s.sign),
-          C(s.param_decay),
-          C(s.grad_decay),
-          C(s.lerp_weight),
-          C(s.beta2),
-          C(s.one_minus_beta2),
-          Divisor<C>(s.bias2_sqrt),
-          C(s.eps),
-          C(s.minus_step_size),
-          s.lerp_from_grad};
-}
-
 template <bool kGradDecay, bool kAmsgrad, class T>
 void update(const AdamChunk& c, const AdamScalars& scalars) {
   auto *p = static_cast<T*>(c.p), *m = static_cast<T*>(c.m), *v = static_cast<T*>(c.v),
        *v_max = static_cast<T*>(c.v_max);
   const auto* g = static_cast<const T*>(c.g);
-  update<kGradDecay, kAmsgrad>(p, g, m, v, v_max, c.n, rounded<T>(scalars));
+  update<kGradDecay, kAmsgrad>(p, g, m, v, v_max, c.n, rounded<core::OpMath<T>>(scalars));
 }
 
 template <class T>
@@ -102,6 +87,10 @@ void update(const AdamChunk& c, const AdamScalars& s) {
 }
 
 }  // namespace
+
+AdamScalars adam_scalars(const optim::AdamGroup& group, float t) {
+  return scalars_of(group.hyper, power(group.beta1_powers, t), power(group.beta2_powers, t));
+}
 
 void adam_chunk(const AdamChunk& chunk, const AdamScalars& scalars) {
   DEEPOPS_DISPATCH_DTYPE(chunk.dtype, [&]<class T>() { update<T>(chunk, scalars); })

@@ -1,10 +1,12 @@
-// What all optimizers share on the host: how the tensors of a step are divided into work items.
+// What all optimizers share: how the tensors of a step are divided into work items, and what a step is given.
 // Knows nothing of torch, Python or a particular optimizer, so that it is tested alone (tests/test_plan.py).
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "core/host_device.h"
 #include "optim/row.h"
 
 namespace deepops::optim {
@@ -26,11 +28,35 @@ inline bool is_dense(int64_t dims, const int64_t* sizes, const int64_t* strides)
   return true;
 }
 
+// Calls body(tensor, begin, end) for every stretch of elements whose place in the index space of ChunkPlan (below) is
+// in [lo, hi), in order, none empty. start(i): where tensor i begins; size(i): its elements. On the GPU these two read
+// the device's copy of the plan.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Start, class Size, class Body>
+DEEPOPS_HD void for_each_stretch(int64_t tensors, int64_t lo, int64_t hi, const Start& start, const Size& size,
+                                 const Body& body) {
+  // The last tensor that starts at or before lo; empty ones share their start with the one after them.
+  int64_t tensor = 0;
+  for (int64_t after = tensors; after - tensor > 1;) {
+    const int64_t middle = tensor + (after - tensor) / 2;
+    (start(middle) <= lo ? tensor : after) = middle;
+  }
+  for (; tensor < tensors; ++tensor) {
+    const int64_t first = start(tensor), count = size(tensor);
+    if (first >= hi) break;
+    const int64_t begin = lo > first ? lo - first : 0;
+    const int64_t end = hi - first < count ? hi - first : count;
+    if (begin < end) body(tensor, begin, end);
+  }
+}
+
 // Divides many tensors into work items of equal size, whatever the sizes of the tensors.
 //
 // The tensors are laid end to end in one index space, each followed by padding; item i is the interval
 // [i * chunk, (i + 1) * chunk) of it. So a large tensor is split, small ones share an item, and there is no list of
-// chunks to build or store: two numbers per tensor and a binary search per item. A GPU block can search the same way.
+// chunks to build or store: two numbers per tensor and a binary search per item, on the GPU too.
 //   padding: up to a multiple of kAlign elements, so that a tensor is only ever split at a multiple of kAlign, and
 //   kOverhead more, which stands for the fixed cost of visiting a tensor: 8000 scalars are not one item.
 class ChunkPlan {
@@ -50,20 +76,17 @@ class ChunkPlan {
   int64_t chunk() const { return chunk_; }
   int64_t items() const { return start_.empty() ? 0 : (start_.back() + chunk_ - 1) / chunk_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }
+  // Where each tensor begins in the index space, and where the last one ends: one number more than tensors.
+  const std::vector<int64_t>& starts() const { return start_; }
 
   // Calls body(tensor, begin, end) for every stretch of elements in items [first, last), in order, none empty, none
   // longer than chunk().
   template <class Body>
   void for_each(int64_t first, int64_t last, const Body& body) const {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t lo = item * chunk_, hi = lo + chunk_;
-      // The last tensor that starts at or before lo; empty ones share their start with the one after them.
-      size_t tensor = std::upper_bound(start_.begin(), start_.end() - 1, lo) - start_.begin() - 1;
-      for (; tensor < sizes_.size() && start_[tensor] < hi; ++tensor) {
-        const int64_t begin = std::max<int64_t>(lo - start_[tensor], 0);
-        const int64_t end = std::min(hi - start_[tensor], sizes_[tensor]);
-        if (begin < end) body(static_cast<int64_t>(tensor), begin, end);
-      }
+      for_each_stretch(
+          static_cast<int64_t>(sizes_.size()), item * chunk_, (item + 1) * chunk_,
+          [&](int64_t tensor) { return start_[tensor]; }, [&](int64_t tensor) { return sizes_[tensor]; }, body);
     }
   }
 
@@ -77,12 +100,29 @@ class ChunkPlan {
 // Elements per work item on the CPU: the 4 streams of Adam in fp32, 32 KB each, stay in one core's level-2 cache.
 inline constexpr int64_t kCpuChunk = 8192;
 
-// What one step of any optimizer is given. hyper: one block of doubles per param group, laid out by the optimizer.
+// Elements per work item on a GPU, where an item is a warp's: many enough to outweigh what is looked up per item, few
+// enough for 8000 warps, which fill a large GPU, as long as there are that many elements. Results do not depend on it.
+inline int64_t gpu_chunk(const std::vector<int64_t>& sizes) {
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  return std::clamp<int64_t>(total / 8192, 1024, 4096);
+}
+
+// What a step function keeps from one step to the next of the same table, e.g. its copy on the device.
+struct StepMemory {
+  virtual ~StepMemory() = default;
+};
+
+// What one step of any optimizer is given. hyper: one block of doubles per param group, laid out by the optimizer; all
+// zeros for a group that has no rows.
 struct StepCall {
   const Row* rows;  // [row_count]
   int64_t row_count;
   const ChunkPlan* plan;  // over the rows; one that is not active has size 0 in it
   const double* hyper;
+  int64_t group_count;
+  int32_t device_index;                 // of all tensors
+  std::unique_ptr<StepMemory>* memory;  // null: nothing is kept; empty at the first step of a table
 };
 
 }  // namespace deepops::optim

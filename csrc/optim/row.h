@@ -6,7 +6,7 @@ namespace deepops::optim {
 
 // All tensors of a row are dense, of the same dtype and the same strides, so that they are walked as flat arrays;
 // step counters are fp32, as torch keeps them.
-struct Row {
+struct alignas(16) Row {       // so that a GPU loads it 16 bytes at a time
   void* param = nullptr;       // [numel]
   const void* grad = nullptr;  // [numel]
   void* state[3] = {};         // [numel] each, in the optimizer's own order; null when it has fewer

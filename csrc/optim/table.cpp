@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/tensor_facts.h"
@@ -21,7 +23,9 @@ using core::TensorReader;
 using core::TensorView;
 
 using StepFunction = void (*)(const StepCall*);
-std::map<std::string, StepFunction> step_functions;
+std::map<std::pair<std::string, std::string>, StepFunction> step_functions;  // by kernel and backend
+const char* const kKernels[] = {"adam"};
+const std::string kCpu = "cpu";
 
 // Everything a step needs that stays the same from one step to the next, and the check that it did.
 //
@@ -32,15 +36,19 @@ std::map<std::string, StepFunction> step_functions;
 // parameters, states and dictionaries alive, where the garbage collector can see them.
 class StepTable {
  public:
-  // kernel: "adam", ...; groups: the `params` list of each param group; state: the optimizer's whole state.
+  // kernel: "adam", ...; backend: which library takes the step ("cpu", "cuda", ...).
+  // groups: the `params` list of each param group; state: the optimizer's whole state.
   // entries: for each parameter, in order, (parameter, group, own, names, tensors):
   //   own      its dictionary in `state`, None: it has no state yet and waits for its first gradient
   //   names    keys into `own`, the step counter first; None: not for the kernel
-  //   tensors  own[name] for each name; the parameter and these were found fit for the kernel
-  StepTable(const std::string& kernel, py::handle tensor_type, py::tuple groups, py::dict state, py::tuple entries)
-      : reader_(tensor_type), grad_name_(PyUnicode_InternFromString("grad")) {
-    const auto found = step_functions.find(kernel);
-    if (found == step_functions.end()) throw std::invalid_argument("kernel: there is no '" + kernel + "'");
+  //   tensors  own[name] for each name; the parameter and these were found fit for the kernel, all are on one device
+  StepTable(const std::string& kernel, const std::string& backend, py::handle tensor_type, py::tuple groups,
+            py::dict state, py::tuple entries)
+      : reader_(tensor_type), grad_name_(PyUnicode_InternFromString("grad")), on_cpu_(backend == kCpu) {
+    const auto found = step_functions.find({kernel, backend});
+    if (found == step_functions.end()) {
+      throw std::invalid_argument("kernel: there is no '" + kernel + "' for '" + backend + "'");
+    }
     run_ = found->second;
     for (py::handle params : groups) {
       groups_.emplace_back();
@@ -106,8 +114,10 @@ class StepTable {
       changed |= sizes_[i] != size;
       sizes_[i] = size;
     }
-    if (changed) plan_ = ChunkPlan(sizes_, kCpuChunk);
-    const StepCall call = {rows_.data(), static_cast<int64_t>(rows_.size()), &plan_, numbers.data()};
+    if (changed) plan_ = ChunkPlan(sizes_, on_cpu_ ? kCpuChunk : gpu_chunk(sizes_));
+    const StepCall call = {rows_.data(),   static_cast<int64_t>(rows_.size()), &plan_,
+                           numbers.data(), static_cast<int64_t>(hyper.size()), device_index_,
+                           &memory_};
     {
       py::gil_scoped_release release_gil;
       run_(&call);
@@ -194,6 +204,7 @@ class StepTable {
     entry.dimensions = dimensions_.size();
     dimensions_.insert(dimensions_.end(), param.sizes, param.sizes + param.dims);
     dimensions_.insert(dimensions_.end(), param.strides, param.strides + param.dims);
+    if (tracked_.size() == 1) device_index_ = param.device_index;
     row.param = param.begin();
     row.numel = param.numel();
     row.step = static_cast<float*>(read(tensors[0], names[0]).begin());
@@ -289,6 +300,9 @@ class StepTable {
   TensorReader reader_;
   PyObject* grad_name_;
   StepFunction run_;
+  bool on_cpu_;
+  int32_t device_index_ = 0;
+  std::unique_ptr<StepMemory> memory_;  // what run_ keeps
   std::vector<std::vector<PyObject*>> groups_;
   std::vector<std::pair<PyObject*, PyObject*>> state_;
   std::vector<Entry> entries_;
@@ -313,12 +327,12 @@ std::vector<Stretch> stretches(const ChunkPlan& plan, int64_t first, int64_t las
 
 }  // namespace
 
-void attach(void* library) {
-  for (const char* name : {"adam"}) {
-    const std::string symbol = std::string("deepops_") + name + "_step";
+void attach(void* library, const std::string& backend) {
+  for (const std::string kernel : kKernels) {
+    const std::string symbol = "deepops_" + kernel + (backend == kCpu ? "_step" : "_step_cuda");
     const auto function = reinterpret_cast<StepFunction>(dlsym(library, symbol.c_str()));
-    if (!function) throw std::runtime_error("_ops.so lacks the symbol " + symbol);
-    step_functions[name] = function;
+    if (!function) throw std::runtime_error("the library for '" + backend + "' lacks the symbol " + symbol);
+    step_functions[{kernel, backend}] = function;
   }
 }
 
@@ -329,6 +343,12 @@ void bind(py::module_& m) {
         return is_dense(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
       },
       py::arg("sizes"), py::arg("strides"), "Whether a tensor fills its memory without gaps or overlaps.");
+  m.def(
+      "has_step",
+      [](const std::string& kernel, const std::string& backend) {
+        return step_functions.count({kernel, backend}) != 0;
+      },
+      py::arg("kernel"), py::arg("backend"), "Whether a loaded library takes the steps of this kernel.");
   py::class_<ChunkPlan>(m, "ChunkPlan",
                         "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
       .def(py::init<const std::vector<int64_t>&, int64_t>(), py::arg("sizes"), py::arg("chunk") = kCpuChunk)
@@ -337,8 +357,9 @@ void bind(py::module_& m) {
       .def("stretches", &stretches, py::arg("first"), py::arg("last"),
            "(item, tensor, begin, end) for every stretch of elements in items [first, last).");
   py::class_<StepTable>(m, "StepTable", "The tensors of an optimizer's step (csrc/optim/table.cpp).")
-      .def(py::init<const std::string&, py::handle, py::tuple, py::dict, py::tuple>(), py::arg("kernel"),
-           py::arg("tensor_type"), py::arg("groups"), py::arg("state"), py::arg("entries"))
+      .def(py::init<const std::string&, const std::string&, py::handle, py::tuple, py::dict, py::tuple>(),
+           py::arg("kernel"), py::arg("backend"), py::arg("tensor_type"), py::arg("groups"), py::arg("state"),
+           py::arg("entries"))
       .def("collect", &StepTable::collect, py::arg("groups"), py::arg("state"))
       .def("set_grad", &StepTable::set_grad, py::arg("index"), py::arg("grad"))
       .def("run", &StepTable::run, py::arg("hyper"));

@@ -3,7 +3,7 @@
 The life of one ``step()``: every param group's options are read; ``StepTable.collect`` (csrc/optim/table.cpp) takes the
 gradients and finds out whether anything moved since the plan was made; gradients in another layout than their parameter
 are copied into it; what the kernel does not cover takes torch's path; ``StepTable.run`` updates all the rest, of all
-groups, in one parallel region.
+groups, in one parallel region, or in one launch on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepops._library import _C, has_kernel
+from deepops._library import _C
 
 Group = dict[str, Any]
 
@@ -46,8 +46,11 @@ class FusedStep(torch.optim.Optimizer):
 
     # What a subclass provides.
 
-    def _uncovered_options(self, group: Group) -> str:
-        """Why the kernel does not take this group's options; empty when it does."""
+    def _uncovered_options(self, group: Group, backend: str | None = None) -> str:
+        """Why the kernel does not take this group's options; empty when it does.
+
+        Without ``backend`` it is asked at every step, with one (``"cpu"``, ``"cuda"``) when a plan is made.
+        """
         raise NotImplementedError
 
     def _hyper(self, group: Group) -> tuple[float, ...]:
@@ -65,6 +68,10 @@ class FusedStep(torch.optim.Optimizer):
     def _torch_update(self, group: Group) -> None:
         """Torch's own step of one group."""
         raise NotImplementedError
+
+    def _backend(self, param: Tensor) -> str:
+        """Whose kernels take this parameter."""
+        return param.device.type
 
     # The step.
 
@@ -105,14 +112,14 @@ class FusedStep(torch.optim.Optimizer):
         if odd:
             self._update_odd(plan, odd)
         covered = [
-            () if reason else self._hyper(group) for group, (reason, _) in zip(self.param_groups, options, strict=True)
+            () if reason else self._hyper(group) for group, (reason, *_) in zip(self.param_groups, options, strict=True)
         ]
         changed = plan.table.run(tuple(covered))
         # Autograd and modules that cache what they derive from weights must see that these were written to.
         torch.autograd.graph.increment_version(changed)
 
-    def _options(self, group: Group) -> tuple[str, tuple[str, ...]]:
-        return self._uncovered_options(group), self._state_names(group)
+    def _options(self, group: Group) -> tuple[str, tuple[str, ...], bool]:
+        return self._uncovered_options(group), self._state_names(group), group["capturable"]
 
     def _update_odd(self, plan: _Plan, odd: list[int]) -> None:
         """Take torch's path for these entries, or bring their gradients into the parameter's layout."""
@@ -140,6 +147,12 @@ class FusedStep(torch.optim.Optimizer):
 
     def _make_plan(self, options: tuple[Any, ...]) -> _Plan:
         reasons = list(self._reasons())
+        backend = next((self._backend(p) for _, p, why in reasons if not why), "cpu")
+        if backend == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: take a step before the one that a CUDA graph captures, and leave parameters, "
+                "states and options as they are; the step's plan is not made during a capture"
+            )
         for index, group in enumerate(self.param_groups):
             fresh = [p for i, p, reason in reasons if i == index and not reason and p.grad is not None]
             self._create_state({**group, "params": [p for p in fresh if not self.state.get(p)]})
@@ -155,7 +168,7 @@ class FusedStep(torch.optim.Optimizer):
             entries.append((param, index, own, names, tensors))
         groups = tuple(list(group["params"]) for group in self.param_groups)
         state = dict(self.state)
-        table = _C.StepTable(self._kernel, Tensor, groups, state, tuple(entries))  # type: ignore[union-attr]
+        table = _C.StepTable(self._kernel, backend, Tensor, groups, state, tuple(entries))  # type: ignore[union-attr]
         return _Plan(
             table,
             options,
@@ -167,8 +180,18 @@ class FusedStep(torch.optim.Optimizer):
 
     @staticmethod
     def _rehome(states: list[tuple[Tensor, Group, tuple[str, ...]]]) -> None:
-        """Move all step counters into one flat buffer that they view, and states into their parameter's strides."""
-        steps = torch.tensor([float(state[names[0]]) for _, state, names in states], dtype=torch.float32)
+        """Move all step counters into one flat buffer that they view, and states into their parameter's strides.
+
+        The counters of parameters on a GPU live there.
+        """
+        if not states:
+            return
+        device = states[0][0].device
+        old = [state[names[0]] for _, state, names in states]
+        if all(step.is_cpu for step in old):
+            steps = torch.tensor([float(step) for step in old], dtype=torch.float32, device=device)
+        else:
+            steps = torch.stack([step.reshape(()).to(device, torch.float32) for step in old])
         for step, (param, state, names) in zip(steps.unbind(0), states, strict=True):
             state[names[0]] = step
             for name in names[1:]:
@@ -180,10 +203,39 @@ class FusedStep(torch.optim.Optimizer):
         listed = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
         shared = _sharing([[p, *_tensors(self.state.get(p))] for _, p in listed])
         per_group = [self._options(group) for group in self.param_groups]
+        first: torch.device | None = None  # of what takes the kernel
         for entry, (index, param) in enumerate(listed):
-            reason, names = per_group[index]
-            reason = reason or _uncovered(param, self._kernel) or _uncovered_state(param, self.state.get(param), names)
-            yield index, param, reason or ("shares memory with another parameter" if entry in shared else "")
+            reason, names, _ = per_group[index]
+            backend = self._backend(param)
+            reason = (
+                reason
+                or _uncovered(param, self._kernel, backend)
+                or self._uncovered_options(self.param_groups[index], backend)
+                or _uncovered_state(param, self.state.get(param), names)
+                or ("shares memory with another parameter" if entry in shared else "")
+            )
+            if not reason:
+                first = first or param.device
+                if param.device != first:
+                    reason = f"it is on {param.device}, and others that take the kernel are on {first}"
+            yield index, param, reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizer of the same options has it.
+
+        That is the state itself, except that step counters which torch would keep on the CPU are copied there.
+        """
+        saved: dict[str, Any] = super().state_dict()  # type: ignore[no-untyped-call]
+        moved = []
+        for group in saved["param_groups"]:
+            if not (group["capturable"] or group["fused"]):
+                name = self._state_names(group)[0]
+                moved += [(i, name) for i in group["params"] if _is_on_gpu(saved["state"].get(i), name)]
+        if moved:
+            steps = torch.stack([saved["state"][i][name].reshape(()) for i, name in moved]).cpu().unbind(0)
+            for (i, name), step in zip(moved, steps, strict=True):
+                saved["state"][i] = {**saved["state"][i], name: step}
+        return saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Forget the plan: called by ``load_state_dict``, unpickling and ``copy.deepcopy``."""
@@ -199,7 +251,8 @@ class FusedStep(torch.optim.Optimizer):
         for (index, reason), params in paths.items():
             path = f"torch, because {reason}" if reason else f"deepops kernel '{self._kernel}'"
             lines.append(f"  group {index}: {len(params)} tensors, {sum(p.numel() for p in params):,} elements: {path}")
-        return "\n".join(["one parallel region for all that takes the kernel", *lines])
+        gpu = any(not reason and params[0].is_cuda for (_, reason), params in paths.items())
+        return "\n".join([f"one {'launch' if gpu else 'parallel region'} for all that takes the kernel", *lines])
 
 
 def _update_outside_graph_impl(optimizer: FusedStep) -> None:
@@ -214,6 +267,11 @@ def _tensors(state: Group | None) -> list[Tensor]:
     return [value for value in (state or {}).values() if isinstance(value, Tensor)]
 
 
+def _is_on_gpu(state: Any, name: str) -> bool:
+    step = state.get(name) if isinstance(state, dict) else None
+    return isinstance(step, Tensor) and step.is_cuda
+
+
 def _same_strides(a: Tensor, b: Tensor) -> bool:
     return all(size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))
 
@@ -225,7 +283,7 @@ def _is_like(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _uncovered(param: Tensor, kernel: str) -> str:
+def _uncovered(param: Tensor, kernel: str, backend: str) -> str:
     """Why the kernel cannot take this parameter; empty when it can."""
     if type(param) not in _TYPES:
         return f"it is a {type(param).__name__}"
@@ -233,8 +291,8 @@ def _uncovered(param: Tensor, kernel: str) -> str:
         return f"its layout is {param.layout}"
     if param.dtype not in _DTYPES:
         return f"its dtype is {param.dtype}"
-    if _C is None or not has_kernel(kernel, param.device.type):
-        return f"there is no kernel for {param.device.type}"
+    if _C is None or not _C.has_step(kernel, backend):
+        return f"there is no kernel for {backend}"
     if not _C.is_dense(param.shape, param.stride()):
         return "its memory has gaps or overlaps"
     if param.is_neg() or param.is_inference() or (param.numel() > 0 and param.data_ptr() == 0):

@@ -94,10 +94,11 @@ class Adam(FusedStep, torch.optim.Adam):
         # torch sets this for fused=True, and GradScaler would then leave the unscaling to step(); here it unscales.
         self._step_supports_amp_scaling = False
 
-    def _uncovered_options(self, group: Group) -> str:
-        for name in ("differentiable", "capturable"):
-            if group[name]:
-                return f"{name}=True"
+    def _uncovered_options(self, group: Group, backend: str | None = None) -> str:
+        if group["differentiable"]:
+            return "differentiable=True"
+        if group["capturable"] and backend == "cpu":
+            return "capturable=True"
         lr = group["lr"]
         if isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu"):
             return "lr is a tensor that requires a gradient or is not on the CPU"
