@@ -1,4 +1,4 @@
-"""Every op of the ``deepops`` namespace is complete: kernel, fake, reference, tests, benchmark."""
+"""Every op of the ``deepops`` namespace is complete: kernels, fake, reference, tests, benchmark."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def missing(op: str) -> list[str]:
     if not stem:
         return [f"csrc/<folder>/<family>_kernel_cpu.cpp whose name begins {op}"]
     lacks = [] if has_kernel(op, "cpu") else ["a CPU kernel"]
+    texts = [path.read_text() for path in (ROOT / "csrc").glob(f"*/{stem}_cuda.cu")]
+    lacks += (
+        [] if any(f'm.impl("{op}"' in text for text in texts) else [f"a CUDA kernel (csrc/<folder>/{stem}_cuda.cu)"]
+    )
     lacks += [] if has_kernel(op, "meta") else ["a fake (torch.library.register_fake)"]
     for pattern in (f"deepops/reference/{stem}.py", f"tests/test_{stem}*.py", f"benchmarks/bench_{stem}.py"):
         lacks += [] if list(ROOT.glob(pattern)) else [pattern]
@@ -65,6 +69,7 @@ def test_an_incomplete_op_is_noticed():
     try:
         lacks = missing("batch_norm_act_forgotten")
         assert "a CPU kernel" in lacks
+        assert "a CUDA kernel (csrc/<folder>/batch_norm_act_cuda.cu)" in lacks
         assert "a fake (torch.library.register_fake)" in lacks
         assert missing("nowhere_to_be_found")
     finally:

@@ -190,7 +190,8 @@ DEEPOPS_KERNEL(kThreads) adam_kernel(AdamTable table) {
     }
     const float t = next_step(row.step, table.arrived + i, parts);
     const AdamGroup* group = table.groups + row.group;
-    const double beta1_t = warp_power(group->beta1_powers, t), beta2_t = warp_power(group->beta2_powers, t);
+    const double beta1_t = warp_power(&group->beta1_powers[0], t);
+    const double beta2_t = warp_power(&group->beta2_powers[0], t);
     const AdamHyper hyper = load_record(&group->hyper);
     const AdamScalars scalars = isa_gpu::scalars_of(hyper, beta1_t, beta2_t);
     DEEPOPS_DISPATCH_DTYPE(row.dtype, [&]<class T>() { update<T>(row, begin, end, scalars, hyper.amsgrad != 0); })
