@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
-GATE := $(BIN)/python tests/cuda_gate/gate.py
+GATE := PYTHONPATH=tests $(BIN)/python -m cuda_gate.gate
 export PIP_ROOT_USER_ACTION := ignore
 
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)

@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from cuda_gate import gate, lint
-from cuda_gate.gate import Budget, Kernel, Key
+from cuda_gate import compiled, gate, lint
+from cuda_gate.compiled import Kernel, Key
+from cuda_gate.gate import Budget
 
-if not gate.CSRC.exists():
+if not compiled.CSRC.exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 needs_compiler = pytest.mark.skipif(
-    not (gate.find_tool("nvcc") and gate.find_tool("nvdisasm")), reason="there is no nvcc or no nvdisasm: make cuda"
+    not (compiled.find_tool("nvcc") and compiled.find_tool("nvdisasm")),
+    reason="there is no nvcc or no nvdisasm: make cuda",
 )
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -69,8 +71,8 @@ def test_update_does_not_write_off_a_stack_or_the_last_wide_access(tmp_path: Pat
 
 def test_short_names() -> None:
     long = "void deepops::isa_gpu::(anonymous namespace)::adam<deepops::core::Half, (bool)1>(deepops::Plan<float>, int)"
-    assert gate.short_name(long) == "adam<Half, (bool)1>"
-    assert gate.short_name("reduce(float*)") == "reduce"
+    assert compiled.short_name(long) == "adam<Half, (bool)1>"
+    assert compiled.short_name("reduce(float*)") == "reduce"
 
 
 PLANTED = {
@@ -105,7 +107,7 @@ def test_planted_kernels_are_caught(tmp_path: Path) -> None:
     (tmp_path / "optim").mkdir()
     source = tmp_path / "optim" / "planted_cuda.cu"
     source.write_text(text)
-    kernels = gate.measure([source], [80], tmp_path)
+    kernels = compiled.measure([source], [80], tmp_path)
     assert {key.kernel for key in kernels} == {*PLANTED, "spills", "stack"}
     limits = Budget(registers=24, blocks_per_sm=8, stack=0, loads_16=1, loads_narrow=0, stores_16=1, stores_narrow=0)
     for key, kernel in kernels.items():
@@ -131,13 +133,14 @@ def test_occupancy_follows_registers_and_shared_memory() -> None:
         for i, variant in enumerate(variants)
         for arch in (80, 86)
     }
-    blocks = [kernel.blocks_per_sm for kernel in gate.with_occupancy(kernels).values()]
+    blocks = [kernel.blocks_per_sm for kernel in compiled.with_occupancy(kernels).values()]
     assert blocks == [8, 6, 4, 4, 3, 3, 4, 2, 2, 1]
 
 
 def test_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compiled, "find_tool", lambda name: None)
     monkeypatch.setattr(gate, "find_tool", lambda name: None)
-    gate.tool.cache_clear()
+    compiled.tool.cache_clear()
     assert gate.main(["--archs", "80"]) == 2
     assert capsys.readouterr().err.startswith("cuda gate: there is no nvcc; `make cuda` gets it from PyPI")
     assert gate.main(["--find", "nvcc"]) == 1
