@@ -18,9 +18,9 @@ using torch::headeronly::ScalarType;
 // What a block has to do at least, so that what it loads beside its data stays below 2 % of that, and how many blocks
 // there are at most; a device has up to 160 multiprocessors.
 constexpr int64_t kChunksPerPart = 1024, kChunksPerPiece = 1536;    // planar
-constexpr int64_t kRowsPerPart = 256, kRowsPerPiece = 384;          // rows, but fewer for less than 132 blocks
+constexpr int64_t kRowsPerPart = 256, kRowsPerPiece = 544;          // rows, but fewer where blocks would be few
 constexpr int64_t kMostPartBlocks = 4096, kMostPieceBlocks = 1024;  // rows
-constexpr int64_t kFewBlocks = 132, kFewPlaneBlocks = 4 * kFewBlocks;
+constexpr int64_t kFewBlocks = 92, kFewPlaneBlocks = 4 * kFewBlocks;
 
 int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to; }  // division, rounded up
 
@@ -36,18 +36,20 @@ enum class Pass { elementwise, reduction };
 
 // How streams lie in memory. Null pointers do not count.
 struct Alignment {
-  int64_t bytes = -1;  // from a 16-byte boundary to the data, if all agree
-  bool same = true;
+  static constexpr int64_t kSector = 32;
+  int64_t bytes = -1;  // from a sector to the first stream
+  bool same = true;    // as to packs
   template <class... P>
   explicit Alignment(const P*... data) {
     (see(data), ...);
   }
   void see(const void* data) {
     if (!data) return;
-    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(data) % gpu::kPackBytes);
-    same &= bytes < 0 || bytes == at;
-    bytes = at;
+    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(data) % kSector);
+    if (bytes < 0) bytes = at;
+    same &= (at - bytes) % gpu::kPackBytes == 0;
   }
+  bool packs() const { return same && bytes % gpu::kPackBytes == 0; }
 };
 
 template <class T>
@@ -59,8 +61,8 @@ Planar<T> planar(const BatchNormActShape& p, const Alignment& alignment, Pass pa
   view.inner = p.inner;
   view.packs = alignment.same;
   view.lead = alignment.same ? int(alignment.bytes / int64_t(sizeof(T))) : 0;
-  const bool even = !view.packs || (view.lead == 0 && p.inner % V == 0);
-  const int64_t chunks = even ? up(p.inner, V) : up(p.inner + V - 1, V);  // of a plane, at most
+  const bool even = !view.packs || (view.lead == 0 && p.inner % (2 * V) == 0);
+  const int64_t chunks = up(even ? p.inner : p.inner + 2 * V - 1, V);  // of a plane, at most
   // The largest group that leaves at most a fifth of its threads idle, else the one that leaves the fewest.
   int64_t least = INT64_MAX;
   for (int log = log2_up(kThreads); log >= 2; --log) {
@@ -134,7 +136,7 @@ template <class T, class Call>
 void with_view(const BatchNormActShape& p, const Alignment& alignment, Pass pass, const Call& call) {
   constexpr int V = gpu::Pack<T>::kSize;
   if (!p.channels_adjacent) return call(planar<T>(p, alignment, pass));
-  if (alignment.same && alignment.bytes == 0 && p.channels % V == 0) return call(rows<T, V>(p, pass));
+  if (alignment.packs() && p.channels % V == 0) return call(rows<T, V>(p, pass));
   call(rows<T, 1>(p, pass));
 }
 
@@ -229,6 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> train(Tensor x, OptionalTensor residual, Opti
     args.eps = eps;
     args.per_count = 1 / count;
     args.unbiased = count / (count - 1);
+    args.per_sample = 1 / double(p.samples);
     with_view<T>(p, Alignment(args.x), Pass::reduction, [&]<class View>(const View& view) {
       const Tensor memory = doubles(workspace(view), x);
       args.pieces = pieces_of(view, static_cast<double*>(memory.mutable_data_ptr()), device.stream());

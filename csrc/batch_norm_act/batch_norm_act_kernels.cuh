@@ -13,11 +13,22 @@
 
 namespace deepops::isa_gpu {
 
-// Chunks whose loads are under way together. Fewer of 16-bit data, whose chunks fill more registers.
-template <class T>
+// Chunks whose loads are under way together. Fewer where there are several streams of 16-bit data, whose chunks fill
+// more registers.
 inline constexpr int kStatisticsUnroll = 4;
 template <class T>
 inline constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
+
+// The sums of a block's threads: sum.template operator()<S, U>() adds up in S before it goes to double, U chunks at a
+// time. exact: in double from the start, for few values per channel; speed does not matter then.
+template <class A, int U, class Sum>
+DEEPOPS_DEVICE auto sum_in(bool exact, const Sum& sum) {
+  if constexpr (__is_same(A, double)) {
+    return sum.template operator()<A, U>();
+  } else {
+    return exact ? sum.template operator()<double, 1>() : sum.template operator()<A, U>();
+  }
+}
 
 // ---- sums of all pieces ---------------------------------------------------------------------------------------------
 
@@ -73,6 +84,7 @@ struct Statistics {
   const int64_t* num_batches_tracked;    // before this batch; null: `factor` holds
   double factor, eps;                    // factor: momentum
   double per_count, unbiased;            // 1 / n, n / (n - 1)
+  double per_sample;                     // 1 / shape.samples
   Pieces pieces;
 };
 
@@ -86,7 +98,7 @@ DEEPOPS_DEVICE double sample(const Statistics<T>& args, int64_t channel) {
     if (s < shape.samples)
       sum += double(gpu::widen(gpu::load(args.x + shape.sample_offset[s] + channel * shape.next_channel)));
   }
-  double mean = sum / double(shape.samples);
+  double mean = sum * args.per_sample;
   // On the grid of the data, differences have few bits: rounding errors of equal values do not add up.
   if (!shape.exact) mean = double(gpu::widen(gpu::narrow<T>(OpMath<T>(mean))));
   return mean - mean == 0 ? mean : 0;  // not finite: any value does
@@ -103,11 +115,8 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, 
     Values<T, V> values[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) values[u] = fetch(args.x, chunks[u]);
-    S x[U][V];
-#pragma unroll
-    for (int u = 0; u < U; ++u) widen(values[u], chunks[u], [&](int i) { return shift(i).near; }, x[u]);
     sums.template add<S, U>([&](int u, int i, S& a, S& b) {
-      const S d = x[u][i] - shift(i).near;
+      const S d = chunks[u].has(i) ? S(gpu::widen(values[u].value[i])) - shift(i).near : S(0);
       a += d;
       b += d * d;
     });
@@ -123,14 +132,13 @@ struct Moments {
 template <class T, class View>
 DEEPOPS_DEVICE Moments careful_moments(const Statistics<T>& args, const View& view, int64_t channel) {
   DEEPOPS_SHARED(double, common, 1);
-  const int64_t count = args.shape.batch * args.shape.inner;
   double mean = 0, variance = 0;
   for (int pass = 0; pass < 2; ++pass) {
     double sum[1] = {0};
-    for (int64_t i = gpu::thread(); i < count; i += kThreads) {
-      const double value = double(gpu::widen(gpu::load(args.x + view.offset(channel, i))));
-      sum[0] += (pass == 0 ? value : (value - mean) * (value - mean)) / double(count);
-    }
+    view.for_channel(channel, [&](int64_t i) {
+      const double value = double(gpu::widen(gpu::load(args.x + i)));
+      sum[0] += (pass == 0 ? value : (value - mean) * (value - mean)) * args.per_count;
+    });
     gpu::barrier();  // the last use of shared memory is over
     gpu::block_sum<kThreads>(sum);
     if (gpu::thread() == 0) common.store(0, sum[0]);
@@ -162,8 +170,8 @@ template <class T, class View>
 DEEPOPS_KERNEL(kThreads)
 statistics(Statistics<T> args, View view) {
   using A = OpMath<T>;
-  constexpr int U = kStatisticsUnroll<T>;
-  const auto mine = args.shape.exact ? sum_squares<double, U>(args, view) : sum_squares<A, U>(args, view);
+  const auto mine =
+      sum_in<A, kStatisticsUnroll>(args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view); });
   Sums sums = view.block_sums(mine);
   if (!sum_pieces(view, args.pieces, sums)) return;
 
@@ -278,8 +286,8 @@ template <class T, class View>
 DEEPOPS_KERNEL(kThreads)
 reduce(Reduce<T> args, View view) {
   using A = OpMath<T>;
-  constexpr int U = kUnroll<T>;
-  const auto mine = args.exact ? sum_gradients<double, U>(args, view) : sum_gradients<A, U>(args, view);
+  const auto mine =
+      sum_in<A, kUnroll<T>>(args.exact, [&]<class S, int U>() { return sum_gradients<S, U>(args, view); });
   Sums sums = view.block_sums(mine);
   if (!sum_pieces(view, args.pieces, sums)) return;
 

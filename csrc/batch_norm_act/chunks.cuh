@@ -24,6 +24,7 @@ struct Chunk {
   int64_t first;
   int step;
   unsigned valid;
+  DEEPOPS_DEVICE bool has(int i) const { return valid >> i & 1u; }
   DEEPOPS_DEVICE bool whole() const { return valid == kAll && step == 1; }
 };
 
@@ -41,7 +42,7 @@ DEEPOPS_DEVICE Values<T, V> fetch(const T* p, const Chunk<V>& chunk, gpu::Here h
   }
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    if (chunk.valid >> i & 1u) values.value[i] = gpu::load(p + chunk.first + int64_t(i) * chunk.step, here);
+    if (chunk.has(i)) values.value[i] = gpu::load(p + chunk.first + int64_t(i) * chunk.step, here);
   return values;
 }
 
@@ -55,7 +56,7 @@ DEEPOPS_DEVICE void put(T* p, const Chunk<V>& chunk, const OpMath<T> (&from)[V],
   }
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    if (chunk.valid >> i & 1u) gpu::store(p + chunk.first + int64_t(i) * chunk.step, values.value[i], here);
+    if (chunk.has(i)) gpu::store(p + chunk.first + int64_t(i) * chunk.step, values.value[i], here);
 }
 
 // In the type of arithmetic; `missing(i)` stands in for what is not there.
@@ -66,7 +67,7 @@ DEEPOPS_DEVICE void widen(const Values<T, V>& values, const Chunk<V>& chunk, con
   if (chunk.valid == Chunk<V>::kAll) return;
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    if (!(chunk.valid >> i & 1u)) to[i] = missing(i);
+    if (!chunk.has(i)) to[i] = missing(i);
 }
 
 // ---- per-channel numbers --------------------------------------------------------------------------------------------

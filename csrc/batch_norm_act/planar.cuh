@@ -1,8 +1,9 @@
 // The way of the GPU kernels through contiguous data [N, C, L]: planes of L values.
 //
-// A plane is cut into chunks at 16-byte boundaries; the first and the last may be incomplete. Where the streams of a
-// pass lie differently to these boundaries there are no packs: every chunk is elements that lie a group apart, so that
-// neighbouring threads still access neighbouring elements.
+// A plane is cut into chunks at 16-byte boundaries, beginning at the 32-byte boundary before it, so that a group
+// touches no more sectors of memory than it has to; the first two and the last chunk may be incomplete or empty. Where
+// the streams of a pass lie differently to these boundaries there are no packs: every chunk is elements that lie a
+// group apart, so that neighbouring threads still access neighbouring elements.
 //
 // A group of threads, a power of two from 4 to the whole block, works on a plane at a time, or on one of its `parts`.
 #pragma once
@@ -19,7 +20,7 @@ struct Planar {
 
   int64_t batch, channels, inner;  // N, C, L
   bool packs;                      // all streams lie alike to 16-byte boundaries:
-  int lead;                        // elements from one to the beginning of the data
+  int lead;                        // elements from a 32-byte boundary to the beginning of the data
   int log_group;                   // threads of a group
   int parts;                       // of a plane, each of
   int64_t part_chunks;             // this many chunks, a multiple of the group
@@ -28,7 +29,7 @@ struct Planar {
 
   struct Plane {
     int64_t start;   // index of the first element
-    int skew;        // elements of the first chunk that belong to the plane before
+    int skew;        // elements of the first chunks that belong to the plane before
     int64_t chunks;  // the incomplete ones included
   };
 
@@ -38,7 +39,7 @@ struct Planar {
 
   DEEPOPS_DEVICE Plane plane(int64_t number) const {
     const int64_t start = number * inner;
-    const int skew = packs ? int((lead + start) & (V - 1)) : 0;
+    const int skew = packs ? int((lead + start) & (2 * V - 1)) : 0;
     return {start, skew, (skew + inner + V - 1) / V};
   }
 
@@ -66,13 +67,17 @@ struct Planar {
 
   // ---- reductions: a block works on one piece of one channel ----
 
-  DEEPOPS_DEVICE int tile() const { return int(gpu::block() % channels); }  // neighbours take neighbouring channels
-  DEEPOPS_DEVICE int piece() const { return int(gpu::block() / channels); }
+  DEEPOPS_DEVICE int tile() const { return gpu::block() % int(channels); }  // neighbours take neighbouring channels
+  DEEPOPS_DEVICE int piece() const { return gpu::block() / int(channels); }
   DEEPOPS_DEVICE int columns() const { return 1; }
   DEEPOPS_DEVICE int64_t channel(int) const { return tile(); }
-  DEEPOPS_DEVICE int64_t offset(int64_t channel, int64_t i) const {  // of value i of a channel
-    const int64_t n = i / inner;
-    return (n * channels + channel) * inner + (i - n * inner);
+  // each(index) for all elements of a channel, a block together.
+  template <class Each>
+  DEEPOPS_DEVICE void for_channel(int64_t channel, const Each& each) const {
+    for (int64_t n = 0; n < batch; ++n) {
+      const int64_t start = (n * channels + channel) * inner;
+      for (int64_t l = gpu::thread(); l < inner; l += kThreads) each(start + l);
+    }
   }
 
   // make(channel), from a function of the element's number in its chunk. All threads must call.
@@ -90,14 +95,15 @@ struct Planar {
   // each(chunks) for all chunks of this piece, U at a time.
   template <int U, class Each>
   DEEPOPS_DEVICE void for_piece(const Each& each) const {
-    const int64_t segments = batch * parts, of = channel(0);
-    int64_t segment = piece() * segments / pieces + group();
+    // A segment is a part of a plane. Either there is one part or one group (batch_norm_act_cuda.cu): no division here.
+    const int64_t segments = batch * parts, first = piece() * segments / pieces;
     const int64_t last = (piece() + 1) * segments / pieces;
+    int64_t segment = first + group(), part = parts == 1 ? 0 : segment % parts;
+    int64_t number = (parts == 1 ? segment : segment / parts) * channels + channel(0);  // of the plane
     Plane now{};
     int64_t k = 0, end = 0;
     const auto open = [&] {
-      const int64_t n = parts == 1 ? segment : segment / parts, part = segment - n * parts;
-      now = plane(n * channels + of);
+      now = plane(number);
       k = part * part_chunks + member();
       end = part_end(now, part);
     };
@@ -112,6 +118,10 @@ struct Planar {
         k += 1 << log_group;
         if (k - member() < end) continue;
         segment += groups();
+        if (++part == parts) {
+          part = 0;
+          number += groups() * channels;
+        }
         if (segment < last) open();
       }
       each(chunks);

@@ -33,7 +33,11 @@ struct Rows {
   DEEPOPS_DEVICE int64_t channel(int column) const {
     return first_channel() + (column & ((1 << log_lanes) - 1)) * V + (column >> log_lanes);
   }
-  DEEPOPS_DEVICE int64_t offset(int64_t channel, int64_t i) const { return i * channels + channel; }
+  // each(index) for all elements of a channel, a block together.
+  template <class Each>
+  DEEPOPS_DEVICE void for_channel(int64_t channel, const Each& each) const {
+    for (int64_t row = gpu::thread(); row < rows; row += kThreads) each(row * channels + channel);
+  }
 
   // make(channel) of every element of a chunk, as a function of its number. All threads must call.
   template <class Number, class Make>

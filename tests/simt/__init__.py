@@ -7,7 +7,8 @@
     >>> [launch.name for launch in counts.kernels]
 
 ``DEEPOPS_SIMT_BUILD`` chooses the build: ``none`` (fast, the default), ``address`` or ``thread``. A sanitized library
-can only be loaded where the sanitizer came first: :func:`sanitized_environment` says how.
+can only be loaded where the sanitizer came first: :func:`sanitized_environment` says how. ``DEEPOPS_SIMT_SCHEDULE``
+(``reverse:0``, ``random:3``) is the schedule where no test asks for one. ``python tests/simt`` sets both.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def build(target: str, sanitizer: str = "none") -> Path:
     assert sanitizer in SANITIZERS, f"sanitizer {sanitizer!r}: one of {', '.join(SANITIZERS)}"
     folder = ROOT / "build" / f"simt-{sanitizer}"
     environment = {**os.environ, "PATH": _path()}
+    environment.pop("LD_PRELOAD", None)  # a sanitizer's runtime is not for the compiler
     configure = ["cmake", "-G", "Ninja", "-S", HERE, "-B", folder, f"-DSANITIZER={sanitizer}"]
     configure += [
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -72,7 +74,7 @@ def sanitized_environment(sanitizer: str) -> dict[str, str]:
         "LD_PRELOAD": found.stdout.strip(),
         # Python itself never frees everything; torch's own threads are not what is tested.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:suppressions={HERE / 'tsan_suppressions.txt'}",
+        "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={HERE / 'tsan_suppressions.txt'}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
@@ -88,7 +90,13 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.simt_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.simt_counts.restype = ctypes.c_char_p
+    _set_default_schedule(library)
     return library
+
+
+def _set_default_schedule(library: ctypes.CDLL) -> None:
+    name, _, seed = os.environ.get("DEEPOPS_SIMT_SCHEDULE", "in_order:0").partition(":")
+    library.simt_set_schedule(SCHEDULES.index(name), int(seed or 0))
 
 
 @contextmanager
@@ -98,7 +106,7 @@ def schedule(name: str, seed: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        load().simt_set_schedule(0, 0)
+        _set_default_schedule(load())
 
 
 @dataclass(frozen=True)
