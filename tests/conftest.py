@@ -1,34 +1,60 @@
-"""Fixtures of every test: fixed seed, restored global state, devices."""
+"""Fixtures of every test: fixed seed, restored global state, devices and backends."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+import backends
 import pytest
+import simt
 import torch
 
 from deepops import _library
+from deepops.optim._base import FusedStep
 
-REQUIRE_CUDA = os.environ.get("DEEPOPS_REQUIRE_CUDA", "") not in ("", "0")
 
-
-def _missing_cuda() -> str:
-    """Why the CUDA cases cannot run here, or ""."""
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    path = _library.binaries()["_cuda"]
-    return "" if path.endswith(".so") else path
+def _require(backend: str) -> None:
+    """Skip where the backend is missing; under DEEPOPS_REQUIRE_CUDA=1 a missing CUDA fails."""
+    reason = backends.missing(backend)
+    if reason and backend == "cuda" and backends.REQUIRE_CUDA:
+        pytest.fail(f"DEEPOPS_REQUIRE_CUDA is set, but {reason}")
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Run the test per device type; a missing CUDA shows as skipped, and fails under DEEPOPS_REQUIRE_CUDA=1."""
-    if request.param == "cuda" and (reason := _missing_cuda()):
-        if REQUIRE_CUDA:
-            pytest.fail(f"DEEPOPS_REQUIRE_CUDA is set, but {reason}")
-        pytest.skip(reason)
+    """Run the test per device type."""
+    _require(request.param)
     return str(request.param)
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test per backend, on the same cases; see backends.py."""
+    _require(request.param)
+    if request.param == "simt":
+        simt.load()
+    monkeypatch.setattr(backends, "current", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def on_simt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test's ops on the SIMT executor."""
+    _require("simt")
+    simt.load()
+    monkeypatch.setattr(backends, "current", "simt")
+
+
+@pytest.fixture
+def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``backend``, for optimizers: their steps on the SIMT executor take CPU tensors too."""
+    if backend == "simt":
+        assert _library._C is not None
+        _library._C.attach(simt.load()._name, "simt")
+        monkeypatch.setattr(FusedStep, "_backend", lambda self, param: "simt")
+    return backend
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@
     >>> [launch.name for launch in counts.kernels]
 
 ``DEEPOPS_SIMT_BUILD`` chooses the build: ``none`` (fast, the default), ``address`` or ``thread``. A sanitized library
-can only be loaded where the sanitizer came first: :func:`sanitized_environment` says how.
+can only be loaded where the sanitizer came first: :func:`sanitized_environment` says how. ``DEEPOPS_SIMT_SCHEDULE``
+(``reverse:0``, ``random:3``) is the schedule where no test asks for one. ``python tests/simt`` sets both.
 """
 
 from __future__ import annotations
@@ -88,7 +89,13 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.simt_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.simt_counts.restype = ctypes.c_char_p
+    _set_default_schedule(library)
     return library
+
+
+def _set_default_schedule(library: ctypes.CDLL) -> None:
+    name, _, seed = os.environ.get("DEEPOPS_SIMT_SCHEDULE", "in_order:0").partition(":")
+    library.simt_set_schedule(SCHEDULES.index(name), int(seed or 0))
 
 
 @contextmanager
@@ -98,7 +105,7 @@ def schedule(name: str, seed: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        load().simt_set_schedule(0, 0)
+        _set_default_schedule(load())
 
 
 @dataclass(frozen=True)
