@@ -4,9 +4,10 @@ import itertools
 
 import backends
 import pytest
+import simt
 import torch
 
-from deepops._library import has_kernel
+from deepops._library import _C, has_kernel
 from deepops.optim import Adam
 
 needs_kernel = pytest.mark.skipif(not has_kernel("adam", "cpu"), reason="the kernels were not built")
@@ -28,6 +29,18 @@ OPTIONS = [
     {"amsgrad": True, "betas": (0.0, 0.99), "eps": 1e-3, "lr": 0.1},
     {"weight_decay": 0.01, "betas": (0.9, 0.9), "lr": 1.0, "eps": 0.0},
 ]
+
+
+class SimtAdam(Adam):
+    """Adam whose CPU tensors take the GPU kernel, on the SIMT executor."""
+
+    def _backend(self, param):
+        return "simt"
+
+
+def attach_simt():
+    """Have the steps of the backend "simt" taken by the executor."""
+    _C.attach(simt.load()._name, "simt")
 
 
 def make(shapes=SHAPES, dtype=torch.float32, seed=0):

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import backends
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,11 +80,10 @@ def make_case(
     affine: bool = True,
     mean: float = 0.5,
     training: bool = True,
-    device: str = "cpu",
     **options: Any,
 ) -> Case:
     """Build a random case; its pre-activations reach across all kinks."""
-    channels, stats = shape[1], statistics_dtype(dtype)
+    channels, stats, device = shape[1], statistics_dtype(dtype), backends.device()
 
     def stored(values: Tensor) -> Tensor:
         return values.to(dtype).to(device).contiguous(memory_format=memory_format)
@@ -187,7 +187,7 @@ def stock_results(case: Case, training: bool) -> dict[str, Tensor]:
 
 def train(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Call the op; running statistics are updated in ``case``."""
-    return torch.ops.deepops.batch_norm_act_train(
+    return backends.ops().batch_norm_act_train(
         case.x, case.residual, case.weight, case.bias, case.running_mean, case.running_var, case.num_batches_tracked,
         case.momentum, case.eps, case.activation, case.negative_slope,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def train(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def evaluate(case: Case) -> Tensor:
     mean, invstd = case.statistics()
-    return torch.ops.deepops.batch_norm_act_eval(
+    return backends.ops().batch_norm_act_eval(
         case.x, case.residual, case.weight, case.bias, mean, invstd, case.activation, case.negative_slope
     )
 
@@ -214,7 +214,7 @@ def backward(
     """Call the op; ``need`` is (x, residual, affine), by default all that exist. Unwanted gradients are left out."""
     if need is None:
         need = (True, case.residual is not None, case.weight is not None or case.bias is not None)
-    gradients = torch.ops.deepops.batch_norm_act_backward(
+    gradients = backends.ops().batch_norm_act_backward(
         case.grad_y, case.x, kept(case, y), case.weight, case.bias, mean, invstd, training, case.activation,
         case.negative_slope, *need,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import adam_cases
 import backends
 import pytest
 import simt
@@ -51,9 +52,8 @@ def on_simt(monkeypatch: pytest.MonkeyPatch) -> None:
 def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """``backend``, for optimizers: their steps on the SIMT executor take CPU tensors too."""
     if backend == "simt":
-        assert _library._C is not None
-        _library._C.attach(simt.load()._name, "simt")
-        monkeypatch.setattr(FusedStep, "_backend", lambda self, param: "simt")
+        adam_cases.attach_simt()
+        monkeypatch.setattr(FusedStep, "_backend", adam_cases.SimtAdam._backend)
     return backend
 
 

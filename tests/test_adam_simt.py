@@ -9,11 +9,22 @@ from collections.abc import Callable, Sequence
 import pytest
 import simt
 import torch
-from adam_cases import DTYPES, OPTIONS, SHAPES, assert_same_bits, everything, give_grads, make, needs_kernel, train
+from adam_cases import (
+    DTYPES,
+    OPTIONS,
+    SHAPES,
+    SimtAdam,
+    assert_same_bits,
+    attach_simt,
+    everything,
+    give_grads,
+    make,
+    needs_kernel,
+    train,
+)
 
 import deepops
 from deepops.optim import Adam
-from deepops.optim._base import FusedStep
 
 pytestmark = [needs_kernel, pytest.mark.usefixtures("on_simt")]
 
@@ -21,16 +32,9 @@ LARGE = 1 << 16  # elements: 64 work items
 STREAMS = {False: 7, True: 9}  # by amsgrad: param, exp_avg, exp_avg_sq (max_exp_avg_sq) in and out, gradient in
 
 
-class SimtAdam(Adam):
-    """Adam whose CPU tensors take the GPU kernels."""
-
-    def _backend(self, param):
-        return "simt"
-
-
 @pytest.fixture(autouse=True)
 def _attached():
-    deepops._library._C.attach(simt.load()._name, "simt")
+    attach_simt()
 
 
 def assert_same_run(build: Callable[[], Sequence[torch.nn.Parameter]], options=None, steps=3, without=()):
@@ -216,7 +220,6 @@ def test_there_is_no_kernel_for_an_unknown_backend():
         deepops._library._C.attach(str(deepops._library._PATHS["_ops"]), "cuda")
     with pytest.raises(RuntimeError, match="not loaded"):
         deepops._library._C.attach("/nowhere.so", "cuda")
-    assert issubclass(Adam, FusedStep)
 
 
 def test_capturable_is_covered_where_the_counters_are_on_the_gpu():

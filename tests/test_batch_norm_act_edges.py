@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import backends
 import pytest
 import torch
 from bn_cases import (
     ACTIVATIONS,
     DTYPES,
-    FORMATS,
     Pools,
     backward,
     evaluate,
@@ -23,20 +23,13 @@ from bn_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepops import functional, testing
-from deepops._library import has_kernel
+from deepops import testing
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 each_layout = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
-OPS = ["batch_norm_act_train", "batch_norm_act_eval", "batch_norm_act_backward"]
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_are_registered(op, device):
-    """No kernel, no test: everything else here would only fail less clearly."""
-    assert functional.batch_norm_act  # importing it registers the fakes, which opcheck needs
-    assert has_kernel(op, device)
 
 
 def special_places(t: torch.Tensor) -> str:
@@ -152,58 +145,12 @@ def test_nothing_in_nothing_out(residual, shape):
     assert updated.num_batches_tracked.item() == case.num_batches_tracked.item() + 1
     assert evaluate(case).shape == shape
     for training in (True, False):
-        gradients = torch.ops.deepops.batch_norm_act_backward(
+        gradients = backends.ops().batch_norm_act_backward(
             case.grad_y, case.x, kept(case, y), case.weight, case.bias, *case.statistics(), training, "relu", 0.0,
             True, residual, True,
         )  # fmt: skip
         assert gradients[0].shape == shape
         assert gradients[2].tolist() == gradients[3].tolist() == [0.0] * shape[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
-@pytest.mark.parametrize("options", ["plain", "residual", "bare"])
-def test_opcheck(options, layout, dtype):
-    """Schema (what is mutated, what aliases) and fake kernels: shapes, dtypes and strides."""
-    rank, memory_format = FORMATS[layout]
-    case = make_case(
-        (4, 5) if rank == 2 else (4, 5, 3, 2), dtype, memory_format, residual=options == "residual",
-        affine=options != "bare", activation="silu",
-    )  # fmt: skip
-    if options == "bare":
-        case = replace(case, running_mean=None, running_var=None, num_batches_tracked=None)
-    y, mean, invstd = train(case.clone())
-    c = case.clone()
-    ops = torch.ops.deepops
-    utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        ops.batch_norm_act_train.default,
-        (
-            c.x,
-            c.residual,
-            c.weight,
-            c.bias,
-            c.running_mean,
-            c.running_var,
-            c.num_batches_tracked,
-            0.1,
-            1e-5,
-            "silu",
-            0.0,
-        ),
-        test_utils=utilities,
-    )
-    torch.library.opcheck(
-        ops.batch_norm_act_eval.default,
-        (c.x, c.residual, c.weight, c.bias, mean, invstd, "silu", 0.0),
-        test_utils=utilities,
-    )
-    for need in [(True, options == "residual", options != "bare"), (False, False, False)]:
-        torch.library.opcheck(
-            ops.batch_norm_act_backward.default,
-            (c.grad_y, c.x, kept(case, y), c.weight, c.bias, mean, invstd, True, "silu", 0.0, *need),
-            test_utils=utilities,
-        )
 
 
 shapes = st.integers(2, 5).flatmap(

@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from bn_cases import ACTIVATIONS, DTYPES, FORMATS, Case, backward, evaluate, make_case, op_results, train
+from bn_cases import ACTIVATIONS, DTYPES, FORMATS, Case, backward, evaluate, kept, make_case, op_results, train
 
-from deepops import testing
+from deepops import functional, testing
 
 # Small, channel-rich and channel-poor work, tails of every length, and enough of it to be shared between threads.
 BITWISE_SHAPES = [
@@ -173,3 +173,50 @@ def test_backward_changes_none_of_its_inputs():
     assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))
     addresses = {t.data_ptr() for t in inputs}
     assert not addresses & {t.data_ptr() for t in results.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+@pytest.mark.parametrize("options", ["plain", "residual", "bare"])
+def test_opcheck(options, layout, dtype):
+    """Schema (what is mutated, what aliases) and fake kernels: shapes, dtypes and strides."""
+    assert functional  # importing it registers the fakes
+    rank, memory_format = FORMATS[layout]
+    case = make_case(
+        (4, 5) if rank == 2 else (4, 5, 3, 2), dtype, memory_format, residual=options == "residual",
+        affine=options != "bare", activation="silu",
+    )  # fmt: skip
+    if options == "bare":
+        case = replace(case, running_mean=None, running_var=None, num_batches_tracked=None)
+    y, mean, invstd = train(case.clone())
+    c = case.clone()
+    ops = torch.ops.deepops
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        ops.batch_norm_act_train.default,
+        (
+            c.x,
+            c.residual,
+            c.weight,
+            c.bias,
+            c.running_mean,
+            c.running_var,
+            c.num_batches_tracked,
+            0.1,
+            1e-5,
+            "silu",
+            0.0,
+        ),
+        test_utils=utilities,
+    )
+    torch.library.opcheck(
+        ops.batch_norm_act_eval.default,
+        (c.x, c.residual, c.weight, c.bias, mean, invstd, "silu", 0.0),
+        test_utils=utilities,
+    )
+    for need in [(True, options == "residual", options != "bare"), (False, False, False)]:
+        torch.library.opcheck(
+            ops.batch_norm_act_backward.default,
+            (c.grad_y, c.x, kept(case, y), c.weight, c.bias, mean, invstd, True, "silu", 0.0, *need),
+            test_utils=utilities,
+        )

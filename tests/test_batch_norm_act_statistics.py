@@ -13,6 +13,8 @@ from bn_cases import train as op_train
 from deepops import testing
 from deepops.testing import ErrorPool
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
 @pytest.mark.parametrize("mean", [100.0, -1000.0])

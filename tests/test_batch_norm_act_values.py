@@ -27,6 +27,8 @@ from bn_exact import exact_results
 from deepops import testing
 from deepops.testing import ErrorPool
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SHAPES = {2: (130, 25), 3: (9, 25, 21), 4: (6, 25, 5, 7), 5: (5, 25, 2, 4, 5)}
 CHANNELS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100]
 SPATIAL = [1, 2, 3, 4, 7, 9, 15, 16, 17, 31, 33, 49, 64, 65, 127, 130]

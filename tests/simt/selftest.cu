@@ -44,6 +44,7 @@ enum class Bug : int {
   scalar_accesses,
   strided_accesses,
   bank_conflicts,
+  partial_warp,
   count
 };
 
@@ -74,7 +75,8 @@ const char* const kNames[] = {"none",
                               "order_of_arrival",
                               "scalar_accesses",
                               "strided_accesses",
-                              "bank_conflicts"};
+                              "bank_conflicts",
+                              "partial_warp"};
 static_assert(sizeof kNames / sizeof *kNames == size_t(Bug::count));
 
 constexpr int kThreads = 128;
@@ -249,7 +251,8 @@ void run(Bug bug) {
   {
     const int rows = 5, n = 300;
     std::vector<float> x = values(size_t(rows) * n), out(rows, -1.0f);
-    gpu::launch("row_sums", row_sums, rows, kThreads, 0, x.data(), out.data(), n, bug);
+    gpu::launch("row_sums", row_sums, rows, bug == Bug::partial_warp ? kThreads - 16 : kThreads, 0, x.data(),
+                out.data(), n, bug);
     for (int r = 0; r < rows; ++r) {
       float sum = 0;
       for (int i = 0; i < n; ++i) sum += x[size_t(r) * n + i];

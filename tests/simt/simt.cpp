@@ -210,7 +210,7 @@ void enter() {
     wait(Status::exited, {});
     --state.alive;
     const int lanes = running.thread / kWarp * kWarp;
-    for (int i = lanes; i < lanes + kWarp; ++i) {
+    for (int i = lanes; i < std::min(lanes + kWarp, state.threads); ++i) {
       const Thread& lane = *state.pool[i];
       if (lane.status == Status::at_warp_op) {
         fail(lane.here, "lane %d waits in a warp operation for lane %d, which has returned", i % kWarp,
@@ -345,6 +345,9 @@ uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here) {
   thread.op = op;
   thread.value = value;
   thread.argument = argument;
+  if (lanes + kWarp > state.threads) {
+    fail(here, "a warp operation for 32 lanes in a warp of %d", state.threads - lanes);
+  }
   int arrived = 0;
   for (int i = lanes; i < lanes + kWarp; ++i) {
     const Thread& lane = *state.pool[i];
@@ -410,9 +413,9 @@ void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, H
 }
 
 void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body) {
-  if (threads <= 0 || threads > 1024 || threads % kWarp != 0) {
+  if (threads <= 0 || threads > 1024) {
     throw std::runtime_error(std::string("SIMT: ") + name + ": " + std::to_string(threads) +
-                             " threads a block; a multiple of 32 up to 1024 is allowed");
+                             " threads a block; 1 to 1024 are allowed");
   }
   const std::lock_guard lock(state.mutex);
   Fiber scheduler;

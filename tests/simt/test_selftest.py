@@ -31,6 +31,7 @@ CAUGHT: dict[str, dict[str, int]] = {
     "lane_returns_before_shuffle": dict.fromkeys(EVERY, STOPPED),
     "shuffle_in_branch": dict.fromkeys(EVERY, STOPPED),
     "lanes_at_different_shuffles": dict.fromkeys(EVERY, STOPPED),
+    "partial_warp": dict.fromkeys(EVERY, STOPPED),
     "wrong_shuffle_mask": dict.fromkeys(EVERY, WRONG),
     "shared_out_of_bounds": dict.fromkeys(EVERY, STOPPED),
     "shared_uninitialised": dict.fromkeys(EVERY, STOPPED),
@@ -58,6 +59,7 @@ SAYS = {
     "lanes_at_different_shuffles": "lanes of the warp are in different operations",
     "shared_out_of_bounds": "partial[4] in shared memory, which has 4 elements",
     "shared_uninitialised": "partial[2] in shared memory is read and was never written",
+    "partial_warp": "a warp operation for 32 lanes in a warp of 16",
     "too_much_shared_memory": "65536 bytes of shared memory, more than 49152",
     "misaligned_pack": "misaligned load of 16 bytes",
 }

@@ -1,0 +1,136 @@
+"""What is counted and promised of the GPU kernels of ``batch_norm_act``, on the SIMT executor.
+
+Values are tested on the same cases as the CPU kernels: the tests with the ``backend`` fixture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import simt
+import torch
+from bn_cases import ACTIVATIONS, DTYPES, Case, backward, evaluate, make_case, op_results, train
+
+pytestmark = pytest.mark.usefixtures("on_simt")
+
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+ALIGNED = (4, 64, 28, 28)  # planes and rows are whole 16-byte packs in every dtype
+# Odd planes and channels, several work items to a channel, a single channel, many channels, two dimensions.
+SHAPES = [(3, 5, 7, 7), (2, 3, 90, 91), (9, 1, 33, 5), (5, 130, 3, 3), (300, 17, 1, 1), (2, 64, 8, 8)]
+each_layout = pytest.mark.parametrize("layout", FORMATS)
+
+
+def run_all(case: Case, training: bool) -> tuple[simt.Counted, simt.Counted]:
+    """Counts of the forward and of the backward."""
+    with simt.counting() as forward:
+        y, mean, invstd = train(case.clone()) if training else (evaluate(case), *case.statistics())
+    with simt.counting() as backwards:
+        backward(case, y, mean, invstd, training)
+    return forward, backwards
+
+
+@each_layout
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_number_of_launches(shape, layout):
+    """Two kernels each way, one to evaluate; at most one memset, for the counters of the blocks; nothing is copied."""
+    for training in (True, False):
+        case = make_case(shape, memory_format=FORMATS[layout], residual=True, training=training)
+        forward, backwards = run_all(case, training)
+        assert len(forward.kernels) == (2 if training else 1)
+        assert len(backwards.kernels) == 2
+        for counted in (forward, backwards):
+            others = [launch.kind for launch in counted.launches if launch.kind != "kernel"]
+            assert others in ([], ["memset"])
+
+
+def test_what_is_not_wanted_is_not_computed():
+    case = make_case((4, 8, 6, 6), residual=True)
+    y, mean, invstd = train(case.clone())
+    expected = {(True, True, True): 2, (True, True, False): 2, (False, True, False): 1, (False, False, True): 1,
+                (False, False, False): 0}  # fmt: skip
+    for need, launches in expected.items():
+        with simt.counting() as counted:
+            backward(case, y, mean, invstd, True, need)
+        assert len(counted.kernels) == launches, need
+    with simt.counting() as counted:
+        backward(case, y, mean, invstd, False, (True, True, False))  # evaluation: no sums to take
+    assert len(counted.kernels) == 1
+
+
+def test_nothing_launches_nothing():
+    """But the batch is counted."""
+    case = make_case((0, 3, 4, 5))
+    with simt.counting() as counted:
+        train(case.clone())
+    assert [launch.name for launch in counted.launches] == ["batch_norm_act_count"]
+    with simt.counting() as counted:
+        train(replace(case.clone(), num_batches_tracked=None))
+        evaluate(case)
+    assert not counted.launches
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_bytes_and_coalescing_at_aligned_shapes(residual, dtype, layout):
+    """Elementwise kernels move what they must, in 16-byte accesses: sector bytes <= 1.02 of the tensors' bytes."""
+    case = make_case(ALIGNED, dtype, FORMATS[layout], residual=residual)
+    size = case.x.numel() * case.x.element_size()
+    forward, backwards = run_all(case, True)
+    compulsory = {
+        "forward": size * (3 if residual else 2),
+        "statistics": size,
+        "backward": size * (5 if residual else 3),  # grad_y, x and the kept output in; one or two gradients out
+        "reduce": size * (3 if residual else 2),
+    }
+    for launch in [*forward.kernels, *backwards.kernels]:
+        part = next(name for name in compulsory if launch.name.endswith(name))
+        ratio = launch.sector_bytes / compulsory[part]
+        limit = 1.02 if part in ("forward", "backward") else 1.06  # partial sums and sampled values are small change
+        assert 1 <= ratio <= limit, f"{launch.name}: {ratio:.4f} of the compulsory bytes"
+        assert launch.coalescing >= 0.99, f"{launch.name}: {launch.coalescing:.4f}"
+        in_packs = 16 * launch.lanes_of_width["16"]
+        assert in_packs == compulsory[part], f"{launch.name}: {in_packs} bytes in packs of {compulsory[part]}"
+
+
+@each_layout
+def test_no_bank_conflicts(layout):
+    case = make_case(ALIGNED, memory_format=FORMATS[layout], residual=True)
+    for counted in run_all(case, True):
+        for launch in counted.kernels:
+            assert launch.wavefronts == launch.ideal_wavefronts, launch.name
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_every_schedule(dtype, layout):
+    for shape, activation in zip(SHAPES, ACTIVATIONS, strict=False):
+        case = make_case(shape, dtype, FORMATS[layout], activation=activation, residual=shape[0] % 2 == 0)
+        expected = op_results(case, True)
+        for name, seed in [("reverse", 0), ("random", 1), ("random", 2)]:
+            with simt.schedule(name, seed):
+                actual = op_results(case, True)
+            for key in expected:
+                assert torch.equal(actual[key], expected[key]), f"{key} {name} {seed} {shape} {activation}"
+
+
+@each_layout
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_streams_that_start_anywhere(offset, layout):
+    """x, residual and grad_y at different places within 16 bytes: right results, and no misaligned access."""
+    for dtype, shape in product((torch.float32, torch.float16), [(3, 8, 5, 5), (2, 16, 8, 8)]):
+        case = make_case(shape, dtype, FORMATS[layout], residual=True)
+        expected = op_results(case, True)
+
+        def moved(t: torch.Tensor, by: int) -> torch.Tensor:
+            return torch.empty(t.numel() + by, dtype=t.dtype)[by:].as_strided(t.shape, t.stride()).copy_(t)
+
+        assert case.residual is not None
+        for by in [(offset, offset, offset), (offset, 0, 0), (0, offset, 2 * offset)]:
+            tensors = {n: moved(getattr(case, n), b) for n, b in zip(("x", "residual", "grad_y"), by, strict=True)}
+            actual = op_results(Case(**{**vars(case), **tensors}), True)
+            for key in expected:
+                close = torch.allclose(actual[key].double(), expected[key].double(), rtol=1e-3, atol=1e-3)
+                assert close, f"{key} {by} {shape} {dtype}"
