@@ -2,13 +2,18 @@
 
 import itertools
 
+import backends
 import pytest
+import simt
 import torch
 
-from deepops._library import has_kernel
+from deepops._library import _C, has_kernel
 from deepops.optim import Adam
 
 needs_kernel = pytest.mark.skipif(not has_kernel("adam", "cpu"), reason="the kernels were not built")
+on_every_backend = [needs_kernel, pytest.mark.usefixtures("step_backend")]
+only_on_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+not_on_simt = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SHAPES = [(), (1,), (3, 5), (0,), (63,), (64,), (65,), (8191,), (8192,), (8193,), (2, 0, 3), (2, 3, 4, 5), (20_000,)]
@@ -26,9 +31,23 @@ OPTIONS = [
 ]
 
 
+class SimtAdam(Adam):
+    """Adam whose CPU tensors take the GPU kernel, on the SIMT executor."""
+
+    def _backend(self, param):
+        return "simt"
+
+
+def attach_simt():
+    """Have the steps of the backend "simt" taken by the executor."""
+    _C.attach(simt.load()._name, "simt")
+
+
 def make(shapes=SHAPES, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(backends.device(), dtype)) for shape in shapes
+    ]
 
 
 def give_grads(*models, seed=0):
@@ -37,7 +56,7 @@ def give_grads(*models, seed=0):
         generator = torch.Generator().manual_seed(1000 * seed + index)
         grad = torch.randn(params[0].shape, generator=generator) + 0.5
         for p in params:
-            p.grad = grad.to(p.dtype, copy=True)
+            p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
 def train(optimizer, params, steps=4, first=0):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import adam_cases
 import backends
 import pytest
 import simt
 import torch
 
 from deepops import _library
+from deepops.optim._base import FusedStep
 
 
 def _require(backend: str) -> None:
@@ -44,6 +46,15 @@ def on_simt(monkeypatch: pytest.MonkeyPatch) -> None:
     _require("simt")
     simt.load()
     monkeypatch.setattr(backends, "current", "simt")
+
+
+@pytest.fixture
+def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``backend``, for optimizers: their steps on the SIMT executor take CPU tensors too."""
+    if backend == "simt":
+        adam_cases.attach_simt()
+        monkeypatch.setattr(FusedStep, "_backend", adam_cases.SimtAdam._backend)
+    return backend
 
 
 @pytest.fixture(autouse=True)

@@ -5,22 +5,24 @@ import itertools
 
 import pytest
 import torch
-from adam_cases import DTYPES, OPTIONS, SHAPES, STATES, assert_same_bits, make, needs_kernel, states
+from adam_cases import DTYPES, OPTIONS, SHAPES, STATES, assert_same_bits, make, not_on_simt, on_every_backend, states
+from backends import device, ops
 
 from deepops.optim import Adam
 
-pytestmark = needs_kernel
+pytestmark = on_every_backend
 
 
 def op_arguments(shapes=((5,), (2, 3), ()), dtype=torch.float32, amsgrad=True):
     lists = [[p.detach() for p in make(shapes, dtype, seed)] for seed in range(2)]
     lists += [[p.detach().abs() for p in make(shapes, dtype, seed)] for seed in (2, 3, 3)]
     lists[4] = lists[4] if amsgrad else []
-    lists.append([torch.tensor(3.0) for _ in shapes])
+    lists.append([torch.tensor(3.0, device=device()) for _ in shapes])
     options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": amsgrad}
     return lists, {**options, "maximize": False, "decoupled_weight_decay": False}
 
 
+@not_on_simt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_op_passes_opcheck(dtype, amsgrad):
@@ -37,7 +39,7 @@ def test_op_has_the_bits_of_the_class():
         p.grad = grad
         optimizer.state[p] = dict(zip((*STATES, "step"), state, strict=True))
     optimizer.step()
-    torch.ops.deepops.adam(*lists, **options)
+    ops().adam(*lists, **options)
     assert_same_bits(ours, lists[0])
     assert_same_bits(states(optimizer, ours, "max_exp_avg_sq"), lists[4])
     assert lists[5] == [4.0] * len(SHAPES)
@@ -59,7 +61,7 @@ def test_op_takes_every_option_as_the_class_does(given):
         p.grad = grad
     for _ in range(2):
         optimizer.step()
-        torch.ops.deepops.adam(*lists, **options)
+        ops().adam(*lists, **options)
     assert_same_bits(ours, lists[0])
     for name, tensors in zip(STATES if amsgrad else STATES[:2], lists[2:], strict=False):
         assert_same_bits(states(optimizer, ours, name), tensors)
@@ -72,18 +74,18 @@ def test_op_refuses_lists_that_do_not_match(index):
     bad = [list(tensors) for tensors in lists]
     bad[index] = bad[index][:-1]
     with pytest.raises(RuntimeError):
-        torch.ops.deepops.adam(*bad, **options)
+        ops().adam(*bad, **options)
     for other in (torch.zeros(7, 2), torch.zeros(2, 3).double(), torch.zeros(3, 2).t(), torch.zeros(2, 3).long()):
         bad = [list(tensors) for tensors in lists]
-        bad[index][1] = other
+        bad[index][1] = other.to(device())
         with pytest.raises(RuntimeError):
-            torch.ops.deepops.adam(*bad, **options)
+            ops().adam(*bad, **options)
     for tensors, old in zip(lists, before, strict=True):
         assert_same_bits(tensors, old)
 
 
 def strided(shape, strides):
-    return torch.zeros(20).as_strided(shape, strides)
+    return torch.zeros(20, device=device()).as_strided(shape, strides)
 
 
 @pytest.mark.parametrize("index", range(1, 5))
@@ -92,7 +94,7 @@ def test_op_refuses_another_shape_of_as_many_elements(index, shape):
     lists, options = op_arguments()
     lists[index][1] = strided(shape, (3, 1, 1)[: len(shape)])  # the strides of the parameter, as far as it has any
     with pytest.raises(RuntimeError, match="tensor 1: the gradient and the states need the strides"):
-        torch.ops.deepops.adam(*lists, **options)
+        ops().adam(*lists, **options)
 
 
 @pytest.mark.parametrize(
@@ -103,21 +105,21 @@ def test_op_refuses_tensors_that_do_not_fill_their_memory(layout):
     for tensors in lists[:5]:
         tensors[1] = strided(*layout)
     with pytest.raises(RuntimeError, match=r"params\[1\] does not fill its memory"):
-        torch.ops.deepops.adam(*lists, **options)
+        ops().adam(*lists, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
 def test_op_refuses_steps_that_are_not_float32(dtype):
     lists, options = op_arguments()
-    lists[5][1] = torch.tensor(3, dtype=dtype)
+    lists[5][1] = torch.tensor(3, dtype=dtype, device=device())
     with pytest.raises(RuntimeError, match="state_steps"):
-        torch.ops.deepops.adam(*lists, **options)
+        ops().adam(*lists, **options)
 
 
 def test_op_refuses_maxima_without_amsgrad():
     lists, options = op_arguments()
     with pytest.raises(RuntimeError, match="lists of different length"):
-        torch.ops.deepops.adam(*lists, **{**options, "amsgrad": False})
+        ops().adam(*lists, **{**options, "amsgrad": False})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,10 +127,10 @@ def test_op_writes_nothing_beyond_the_tensors(dtype):
     """Each tensor lies in the middle of a larger one, whose margins stay what they are."""
     sizes = [*range(34), 63, 64, 65, 8191, 8192, 8193]
     lists, options = op_arguments([(size,) for size in sizes], dtype)
-    margin = torch.full((32,), 7.0, dtype=dtype)
+    margin = torch.full((32,), 7.0, dtype=dtype, device=device())
     wide = [[torch.cat([margin, t, margin]) for t in tensors] for tensors in lists[:5]]
     inner = [[t[32:-32] for t in tensors] for tensors in wide]
-    torch.ops.deepops.adam(*inner, lists[5], **options)
+    ops().adam(*inner, lists[5], **options)
     for tensors in wide:
         for t in tensors:
             assert_same_bits([t[:32], t[-32:]], [margin, margin])

@@ -2,14 +2,25 @@
 
 import pytest
 import torch
-from adam_cases import DTYPES, assert_alike, both, channels_last, give_grads, make, needs_kernel, step_both
+from adam_cases import (
+    DTYPES,
+    assert_alike,
+    both,
+    channels_last,
+    give_grads,
+    make,
+    on_every_backend,
+    only_on_cpu,
+    step_both,
+)
 
 from deepops import testing
 from deepops.optim import Adam
 
-pytestmark = needs_kernel
+pytestmark = on_every_backend
 
 
+@only_on_cpu
 def test_one_parallel_region_for_all_groups_and_dtypes():
     groups = [{"params": make(dtype=dtype), "lr": lr} for lr, dtype in zip((0.1, 0.2, 0.3, 0.4), DTYPES, strict=True)]
     optimizer = Adam(groups)

@@ -13,14 +13,14 @@ from adam_cases import (
     channels_last,
     everything,
     make,
-    needs_kernel,
+    on_every_backend,
     step_both,
     train,
 )
 
 from deepops.optim import Adam
 
-pytestmark = needs_kernel
+pytestmark = on_every_backend
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=str)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from adam_cases import assert_alike, assert_same_bits, both, everything, give_grads, make, needs_kernel, step_both
+from adam_cases import assert_alike, assert_same_bits, both, everything, give_grads, make, on_every_backend, step_both
 
 from deepops.optim import Adam
 
-pytestmark = needs_kernel
+pytestmark = on_every_backend
 
 
 def test_closure_hooks_and_profiler():

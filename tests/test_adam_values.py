@@ -15,11 +15,13 @@ from adam_cases import (
     flat,
     give_grads,
     make,
-    needs_kernel,
+    on_every_backend,
+    only_on_cpu,
     states,
     train,
 )
-from hypothesis import given, settings
+from backends import device
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deepops
@@ -27,7 +29,7 @@ from deepops import testing
 from deepops.optim import Adam
 from deepops.reference.adam import adam_step
 
-pytestmark = needs_kernel
+pytestmark = on_every_backend
 
 
 def oracle_run(params, options, steps):
@@ -80,7 +82,7 @@ def test_special_gradients_as_in_torch(special, amsgrad):
         torch.testing.assert_close(x, y, equal_nan=True)  # which elements are special; values: the test above
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=12),
     st.sampled_from(OPTIONS),
@@ -117,6 +119,7 @@ def test_many_tiny_tensors():
 # ---- the same bits, always ------------------------------------------------------------------------------------------
 
 
+@only_on_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_same_bits_on_every_instruction_set(options, dtype):
@@ -131,6 +134,7 @@ def test_same_bits_on_every_instruction_set(options, dtype):
         assert_same_bits(results[0], other)
 
 
+@only_on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999, 1 - 2.0**-20])
 def test_division_by_the_bias_correction_is_exact(beta2, dtype):
@@ -160,6 +164,7 @@ def test_division_by_the_bias_correction_is_exact(beta2, dtype):
         torch.testing.assert_close(results[0], other, rtol=0, atol=0, equal_nan=True)
 
 
+@only_on_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_on_any_number_of_threads_and_twice(dtype):
     results = []
@@ -179,7 +184,7 @@ def test_same_bits_when_a_tensor_is_split_into_many(dtype):
     parts = [torch.nn.Parameter(part.clone()) for part in whole[0].detach().split([1, 7, 8192, 0, 64, 21_736])]
     a, b = Adam(whole), Adam(parts)
     for _ in range(3):
-        whole[0].grad = torch.randn(30_000, generator=generator).to(dtype)
+        whole[0].grad = torch.randn(30_000, generator=generator).to(device(), dtype)
         for part, grad in zip(parts, whole[0].grad.split([p.numel() for p in parts]), strict=True):
             part.grad = grad  # views at odd offsets
         a.step()
@@ -219,7 +224,7 @@ LAYOUTS = {
     "channels_last": channels_last,
     "transposed": lambda p: p.transpose(1, 3).contiguous().transpose(1, 3),
     "gaps": lambda p: p.repeat_interleave(2, 1)[:, ::2],
-    "offset": lambda p: torch.cat([torch.zeros(1), p.reshape(-1)])[1:].view(p.shape),
+    "offset": lambda p: torch.cat([p.new_zeros(1), p.reshape(-1)])[1:].view(p.shape),
 }
 
 
@@ -248,7 +253,7 @@ def test_expanded_gradient():
     ours, stock = make([(4, 6)]), make([(4, 6)])
     a, b = Adam(ours), torch.optim.Adam(stock, foreach=False)
     for p in (*ours, *stock):
-        p.grad = torch.tensor(2.0).expand(4, 6)
+        p.grad = p.new_tensor(2.0).expand(4, 6)
     for _ in range(3):
         a.step()
         b.step()
@@ -262,7 +267,7 @@ def test_gradient_that_is_the_parameter_or_lazily_negated():
     for _ in range(3):
         for params in (ours, stock):
             params[0].grad = params[0].detach()
-            params[1].grad = torch.tensor([1 + 2j]).conj().imag
+            params[1].grad = torch.tensor([1 + 2j], device=device()).conj().imag
         assert ours[1].grad.is_neg()
         a.step()
         b.step()

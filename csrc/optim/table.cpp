@@ -58,6 +58,7 @@ class StepTable {
     entries_.reserve(entries.size());
     for (py::handle entry : entries) add(entry);
     sizes_.assign(rows_.size(), 0);
+    make_plan();
     grads_.assign(rows_.size(), nullptr);
   }
   StepTable(const StepTable&) = delete;
@@ -114,7 +115,7 @@ class StepTable {
       changed |= sizes_[i] != size;
       sizes_[i] = size;
     }
-    if (changed) plan_ = ChunkPlan(sizes_, on_cpu_ ? kCpuChunk : gpu_chunk(sizes_));
+    if (changed) make_plan();
     const StepCall call = {rows_.data(),   static_cast<int64_t>(rows_.size()), &plan_,
                            numbers.data(), static_cast<int64_t>(hyper.size()), device_index_,
                            &memory_};
@@ -168,6 +169,8 @@ class StepTable {
     }
     entries_.push_back(entry);
   }
+
+  void make_plan() { plan_ = ChunkPlan(sizes_, on_cpu_ ? kCpuChunk : gpu_chunk(sizes_)); }
 
   // Blocks of equal size, one per group, zeros for ().
   static std::vector<double> hyper_blocks(py::tuple hyper) {

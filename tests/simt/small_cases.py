@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import adam_cases
 import backends
 import bn_cases
 
 import deepops.functional  # loads the CPU ops
-import simt
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Whole packs; tails everywhere; planes smaller than a pack; several blocks to a channel.
@@ -51,12 +51,32 @@ def compare(case: bn_cases.Case, training: bool) -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+def adam() -> int:
+    """Steps of tensors of one, of many and of no work items, aligned and askew, all dtypes in one launch."""
+    options = adam_cases.OPTIONS[:4]
+    results = []
+    for cls in (adam_cases.Adam, adam_cases.SimtAdam):
+        groups = []
+        for dtype in adam_cases.DTYPES:
+            for given in options:
+                params = adam_cases.make([(3, 5), (0,), (2500,), ()], dtype)
+                base = adam_cases.make([(1100,)], dtype)[0].detach()
+                params.append(torch.nn.Parameter(base[3:]))
+                groups.append({"params": params, **given})
+        optimizer = cls(groups)
+        params = [p for group in groups for p in group["params"]]
+        adam_cases.train(optimizer, params, 3)
+        results.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+    adam_cases.assert_same_bits(*results)
+    return len(results[0])
+
+
 def main() -> None:
     assert deepops.functional
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    simt.load()
-    for cases in (batch_norm_act,):
+    adam_cases.attach_simt()
+    for cases in (adam, batch_norm_act):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested
