@@ -57,7 +57,7 @@ Planar<T> planar(const BatchNormActShape& p, const Alignment& alignment, Pass pa
   constexpr int V = Planar<T>::V;
   Planar<T> view{};
   view.batch = p.batch;
-  view.channels = p.channels;
+  view.channels = int(p.channels);
   view.inner = p.inner;
   view.packs = alignment.same;
   view.lead = alignment.same ? int(alignment.bytes / int64_t(sizeof(T))) : 0;
@@ -89,7 +89,7 @@ Planar<T> planar(const BatchNormActShape& p, const Alignment& alignment, Pass pa
 }
 template <class T>
 int64_t blocks(const Planar<T>& view, Pass pass) {
-  return pass == Pass::reduction ? view.channels * view.pieces
+  return pass == Pass::reduction ? int64_t(view.channels) * view.pieces
                                  : up(view.batch * view.channels, view.planes_per_block) * view.parts;
 }
 template <class T>
@@ -105,7 +105,7 @@ template <class T, int V>
 Rows<T, V> rows(const BatchNormActShape& p, Pass pass) {
   Rows<T, V> view{};
   view.rows = p.count();
-  view.channels = p.channels;
+  view.channels = int(p.channels);
   const int64_t packs = up(p.channels, V);
   view.log_lanes = std::min(log2_up(packs), Rows<T, V>::kLogLanes);
   view.tiles = int(up(packs, 1 << view.log_lanes));
@@ -172,7 +172,9 @@ AffineSource<A> source_of(const Tensor& mean, const Tensor& invstd, const Option
 
 BatchNormActShape shape_on_gpu(const Tensor& x, const std::string& activation, double negative_slope) {
   STD_TORCH_CHECK(gpu::on_gpu(x), "batch_norm_act: x must be on the GPU");
-  return shape_of(x, activation, negative_slope);
+  const BatchNormActShape p = shape_of(x, activation, negative_slope);
+  STD_TORCH_CHECK(p.channels <= INT32_MAX / 2, "batch_norm_act: x has ", p.channels, " channels");
+  return p;
 }
 
 Tensor doubles(int64_t count, const Tensor& like) { return core::empty_vector(count, ScalarType::Double, like); }

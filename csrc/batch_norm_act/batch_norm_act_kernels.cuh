@@ -15,7 +15,8 @@ namespace deepops::isa_gpu {
 
 // Chunks whose loads are under way together. Fewer where there are several streams of 16-bit data, whose chunks fill
 // more registers.
-inline constexpr int kStatisticsUnroll = 4;
+template <class View>
+inline constexpr int kStatisticsUnroll = View::V == 1 ? 8 : 4;
 template <class T>
 inline constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
 
@@ -90,7 +91,7 @@ struct Statistics {
 
 // The mean of samples spread over the channel. Any finite value would be correct; one near the mean is accurate.
 template <class T>
-DEEPOPS_DEVICE double sample(const Statistics<T>& args, int64_t channel) {
+DEEPOPS_DEVICE double sample(const Statistics<T>& args, int channel) {
   const BatchNormActShape& shape = args.shape;
   double sum = 0;
 #pragma unroll
@@ -104,13 +105,17 @@ DEEPOPS_DEVICE double sample(const Statistics<T>& args, int64_t channel) {
   return mean - mean == 0 ? mean : 0;  // not finite: any value does
 }
 
-// Adds x - shift and its square. S: the type of the differences.
+// Adds x - shift and its square. S: the type of the differences. near: receives the shifts of the block's channels.
 template <class S, int U, class T, class View>
-DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, const View& view) {
+DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, const View& view,
+                                                     const gpu::Shared<double>& near) {
   constexpr int V = View::V;
   typename View::ThreadSums sums;
-  const auto shift =
-      view.template numbers<Shift<S>>([&](int64_t channel) { return Shift<S>{S(sample(args, channel))}; });
+  const auto shift = view.template numbers<Shift<S>>([&](int channel) {
+    const double found = sample(args, channel);
+    near.store(channel - view.channel(0), found);
+    return Shift<S>{S(found)};
+  });
   view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
     Values<T, V> values[U];
 #pragma unroll
@@ -130,7 +135,7 @@ struct Moments {
 
 // Two passes in double over one channel, by a block, for values whose squares do not fit single precision.
 template <class T, class View>
-DEEPOPS_DEVICE Moments careful_moments(const Statistics<T>& args, const View& view, int64_t channel) {
+DEEPOPS_DEVICE Moments careful_moments(const Statistics<T>& args, const View& view, int channel) {
   DEEPOPS_SHARED(double, common, 1);
   double mean = 0, variance = 0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -167,33 +172,35 @@ DEEPOPS_DEVICE void repair(const Statistics<T>& args, const View& view, bool bro
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 statistics(Statistics<T> args, View view) {
   using A = OpMath<T>;
-  const auto mine =
-      sum_in<A, kStatisticsUnroll>(args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view); });
+  DEEPOPS_SHARED(double, near, View::kColumns);
+  const auto mine = sum_in<A, kStatisticsUnroll<View>>(
+      args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view, near); });
   Sums sums = view.block_sums(mine);
   if (!sum_pieces(view, args.pieces, sums)) return;
 
-  const int64_t channel = view.channel(gpu::thread());
+  const int channel = view.channel(gpu::thread());
   const bool finishes = gpu::thread() < view.columns() && channel < view.channels;
   Moments moments{0, 0};
   if (finishes) {
     const double offset = sums.a * args.per_count;
-    moments.mean = sample(args, channel) + offset;
+    moments.mean = near.load(channel - view.channel(0)) + offset;
     moments.variance = sums.b * args.per_count - offset * offset;
     if (moments.variance < 0) moments.variance = 0;
   }
   repair(args, view, finishes && !(sums.b - sums.b == 0), moments);
   if (!finishes) return;
 
+  gpu::store(args.mean + channel, A(moments.mean));
+  gpu::store(args.invstd + channel, A(1 / DEEPOPS_LIBM(sqrt)(moments.variance + args.eps)));
+  if (!args.running_mean && !args.running_var) return;
   const double factor = args.num_batches_tracked ? 1.0 / double(gpu::load(args.num_batches_tracked) + 1) : args.factor;
   const auto learn = [&](A* running, double value) {
     if (!running) return;
     gpu::store(running + channel, A((1 - factor) * double(gpu::load(running + channel)) + factor * value));
   };
-  gpu::store(args.mean + channel, A(moments.mean));
-  gpu::store(args.invstd + channel, A(1 / DEEPOPS_LIBM(sqrt)(moments.variance + args.eps)));
   learn(args.running_mean, moments.mean);
   learn(args.running_var, args.unbiased * moments.variance);
 }
@@ -243,11 +250,11 @@ DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chun
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 forward(Forward<T> args, View view) {
   if (args.num_batches_tracked && gpu::block() == 0 && gpu::thread() == 0)
     gpu::store(args.num_batches_tracked, gpu::load(args.num_batches_tracked) + 1);
-  const auto affine_of = [&](int64_t channel) { return args.source.at(channel); };
+  const auto affine_of = [&](int channel) { return args.source.at(channel); };
   view.template for_part<kUnroll<T>, Affine<OpMath<T>>>(
       affine_of, [&](const auto& chunks, const auto& numbers) { forward_chunks(args, chunks, numbers); });
 }
@@ -270,7 +277,7 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, co
   using A = OpMath<T>;
   constexpr int V = View::V;
   typename View::ThreadSums sums;
-  const auto numbers = view.template numbers<Affine<A>>([&](int64_t channel) { return args.source.at(channel); });
+  const auto numbers = view.template numbers<Affine<A>>([&](int channel) { return args.source.at(channel); });
   view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
     A g[U][V], centered[U][V];
     gradient(args.gradient, chunks, numbers, g, centered);
@@ -283,7 +290,7 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, co
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 reduce(Reduce<T> args, View view) {
   using A = OpMath<T>;
   const auto mine =
@@ -291,7 +298,7 @@ reduce(Reduce<T> args, View view) {
   Sums sums = view.block_sums(mine);
   if (!sum_pieces(view, args.pieces, sums)) return;
 
-  const int64_t channel = view.channel(gpu::thread());
+  const int channel = view.channel(gpu::thread());
   if (gpu::thread() >= view.columns() || channel >= view.channels) return;
   const double invstd = double(gpu::load(args.source.invstd + channel));
   gpu::store(args.mean_grad + channel, A(sums.a * args.per_count));
@@ -327,10 +334,10 @@ DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&ch
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 backward(Backward<T> args, View view) {
   using A = OpMath<T>;
-  const auto numbers_of = [&](int64_t channel) -> InputGrad<A> {
+  const auto numbers_of = [&](int channel) -> InputGrad<A> {
     if (!args.mean_grad) return {args.source.at(channel), A(0), A(0)};
     return {args.source.at(channel), gpu::load(args.mean_grad + channel), gpu::load(args.slope_grad + channel)};
   };

@@ -125,7 +125,7 @@ template <class A>
 struct AffineSource {
   const A *mean, *invstd;
   const A *weight, *bias;  // or null
-  DEEPOPS_DEVICE Affine<A> at(int64_t channel) const {
+  DEEPOPS_DEVICE Affine<A> at(int channel) const {
     const A scale = gpu::load(invstd + channel);
     return {gpu::load(mean + channel), weight ? gpu::load(weight + channel) * scale : scale,
             bias ? gpu::load(bias + channel) : A(0)};

@@ -16,16 +16,18 @@ inline constexpr int kPlanesPerBlock = 128;
 template <class T>
 struct Planar {
   static constexpr int V = gpu::Pack<T>::kSize;
+  static constexpr int kColumns = 1;  // channels of a block in a reduction
   using ThreadSums = OneChannelSums<V>;
 
-  int64_t batch, channels, inner;  // N, C, L
-  bool packs;                      // all streams lie alike to 16-byte boundaries:
-  int lead;                        // elements from a 32-byte boundary to the beginning of the data
-  int log_group;                   // threads of a group
-  int parts;                       // of a plane, each of
-  int64_t part_chunks;             // this many chunks, a multiple of the group
-  int planes_per_block;            // in elementwise passes, with one part
-  int pieces;                      // blocks that share a channel in a reduction
+  int64_t batch, inner;  // N, L
+  int channels;          // C
+  bool packs;            // all streams lie alike to 16-byte boundaries:
+  int lead;              // elements from a 32-byte boundary to the beginning of the data
+  int log_group;         // threads of a group
+  int parts;             // of a plane, each of
+  int64_t part_chunks;   // this many chunks, a multiple of the group
+  int planes_per_block;  // in elementwise passes, with one part
+  int pieces;            // blocks that share a channel in a reduction
 
   struct Plane {
     int64_t start;   // index of the first element
@@ -67,15 +69,16 @@ struct Planar {
 
   // ---- reductions: a block works on one piece of one channel ----
 
-  DEEPOPS_DEVICE int tile() const { return gpu::block() % int(channels); }  // neighbours take neighbouring channels
-  DEEPOPS_DEVICE int piece() const { return gpu::block() / int(channels); }
+  DEEPOPS_DEVICE int tile() const { return gpu::block() % channels; }  // neighbours take neighbouring channels
+  DEEPOPS_DEVICE int piece() const { return gpu::block() / channels; }
   DEEPOPS_DEVICE int columns() const { return 1; }
-  DEEPOPS_DEVICE int64_t channel(int) const { return tile(); }
+  DEEPOPS_DEVICE int channel(int) const { return tile(); }
   // each(index) for all elements of a channel, a block together.
   template <class Each>
-  DEEPOPS_DEVICE void for_channel(int64_t channel, const Each& each) const {
+  DEEPOPS_DEVICE void for_channel(int channel, const Each& each) const {
     for (int64_t n = 0; n < batch; ++n) {
       const int64_t start = (n * channels + channel) * inner;
+#pragma unroll 1
       for (int64_t l = gpu::thread(); l < inner; l += kThreads) each(start + l);
     }
   }
@@ -120,7 +123,7 @@ struct Planar {
         segment += groups();
         if (++part == parts) {
           part = 0;
-          number += groups() * channels;
+          number += int64_t(groups()) * channels;
         }
         if (segment < last) open();
       }
@@ -146,12 +149,13 @@ struct Planar {
     const int64_t first = int64_t(gpu::block() / parts) * planes_per_block, part = gpu::block() % parts;
     const int64_t rest = batch * channels - first;
     const int count = rest < planes_per_block ? int(rest) : planes_per_block;
-    if (gpu::thread() < count) staged.store(gpu::thread(), make((first + gpu::thread()) % channels));
+    if (gpu::thread() < count) staged.store(gpu::thread(), make(int((first + gpu::thread()) % channels)));
     gpu::barrier();
     for (int p = group(); p < count; p += groups()) {
       const Number number = staged.load(p);
       const Plane now = plane(first + p);
       const int64_t end = part_end(now, part);
+#pragma unroll 1
       for (int64_t k = part * part_chunks + member(); k - member() < end; k += int64_t(U) << log_group) {
         Chunk<V> chunks[U];
 #pragma unroll

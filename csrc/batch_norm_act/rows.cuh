@@ -11,16 +11,17 @@ template <class T, int V_>  // V: elements of a pack, or 1 where rows or streams
 struct Rows {
   static constexpr int V = V_;
   static constexpr int kLogLanes = V > 1 ? 3 : 5;  // threads side by side, at most: 128 bytes of packs
-  static constexpr int kColumns = V << kLogLanes;
+  static constexpr int kColumns = V << kLogLanes;  // at most
   // Where the numbers of column t lie in shared memory: such that neither neighbouring columns, which are stored
   // together, nor those of neighbouring threads, which are loaded together, share a bank.
   static constexpr int kStride = V == 8 ? 12 : 1 << kLogLanes;
   DEEPOPS_DEVICE static int slot(int column) { return column % V * kStride + column / V; }
   using ThreadSums = ManyChannelSums<V>;
 
-  int64_t rows, channels;  // R, C
-  int log_lanes;           // threads side by side in a tile
-  int tiles;               // of columns
+  int64_t rows;   // R
+  int channels;   // C
+  int log_lanes;  // threads side by side in a tile
+  int tiles;      // of columns
   int64_t rows_per_block;
   int pieces;  // blocks that share a tile
 
@@ -28,14 +29,15 @@ struct Rows {
   DEEPOPS_DEVICE int piece() const { return gpu::block() / tiles; }
   DEEPOPS_DEVICE int lane() const { return gpu::thread() & ((1 << log_lanes) - 1); }
   DEEPOPS_DEVICE int columns() const { return V << log_lanes; }
-  DEEPOPS_DEVICE int64_t first_channel() const { return int64_t(tile()) * columns(); }
+  DEEPOPS_DEVICE int first_channel() const { return tile() * columns(); }
   // Of the sum that thread `column` gets from block_sums(); there may be no such channel.
-  DEEPOPS_DEVICE int64_t channel(int column) const {
+  DEEPOPS_DEVICE int channel(int column) const {
     return first_channel() + (column & ((1 << log_lanes) - 1)) * V + (column >> log_lanes);
   }
   // each(index) for all elements of a channel, a block together.
   template <class Each>
-  DEEPOPS_DEVICE void for_channel(int64_t channel, const Each& each) const {
+  DEEPOPS_DEVICE void for_channel(int channel, const Each& each) const {
+#pragma unroll 1
     for (int64_t row = gpu::thread(); row < rows; row += kThreads) each(row * channels + channel);
   }
 
@@ -46,7 +48,7 @@ struct Rows {
     constexpr int kSlots = V * kStride;
     DEEPOPS_SHARED(A, memory, sizeof(Number) / sizeof(A) * kSlots);
     const Staged<A, Number, kSlots> staged{memory};
-    const int64_t mine = first_channel() + gpu::thread();
+    const int mine = first_channel() + gpu::thread();
     if (gpu::thread() < columns() && mine < channels) staged.store(slot(gpu::thread()), make(mine));
     gpu::barrier();
     Array<Number, V> found{};
@@ -59,11 +61,12 @@ struct Rows {
 
   template <int U, class Each>
   DEEPOPS_DEVICE void for_piece(const Each& each) const {
-    const int64_t column = first_channel() + lane() * V;
+    const int column = first_channel() + lane() * V;
     if (column >= channels) return;
     const int64_t first = piece() * rows_per_block;
     const int64_t last = first + rows_per_block < rows ? first + rows_per_block : rows;
     const int step = kThreads >> log_lanes;
+#pragma unroll 1  // the compiler's unrolling would cost a division for the number of turns
     for (int64_t row = first + (gpu::thread() >> log_lanes); row < last; row += U * step) {
       Chunk<V> chunks[U];
 #pragma unroll

@@ -42,7 +42,9 @@ struct Here {};
   ::deepops::gpu::Here {}
 
 // DEEPOPS_KERNEL(threads) name(arguments) {...}: a kernel that is launched with blocks of `threads` threads.
-#define DEEPOPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// DEEPOPS_KERNEL(threads, blocks): registers have to suffice for so many blocks on a multiprocessor. With 1 the compiler
+// does not spill some to fit in another block.
+#define DEEPOPS_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEEPOPS_DEVICE __device__ __forceinline__
 
 DEEPOPS_DEVICE int thread() { return int(threadIdx.x); }  // in its block
@@ -180,7 +182,7 @@ inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Te
 using Here = ::simt::Here;
 #define DEEPOPS_HERE ::simt::Here::at()
 
-#define DEEPOPS_KERNEL(threads) void
+#define DEEPOPS_KERNEL(...) void
 #define DEEPOPS_DEVICE inline
 
 DEEPOPS_DEVICE int thread() { return ::simt::thread(); }
