@@ -24,14 +24,16 @@ class Adam(FusedStep, torch.optim.Adam):
                    \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
     (Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015; the order of operations is that of
-    ``torch.optim``.) The kernel takes dense CPU parameters of any shape in float32, float64, float16 and bfloat16,
-    mixed as one likes; 16-bit ones are computed in float32 and keep their states in their own dtype, as with
-    ``fused=True`` in torch. All options of the formula are covered: L2 and decoupled weight decay, ``amsgrad``,
-    ``maximize``. Results do not depend on the number of threads nor on the machine's instruction set.
+    ``torch.optim``.) The kernel takes dense parameters of any shape in float32, float64, float16 and bfloat16 on the
+    CPU or on one GPU, mixed as one likes; 16-bit ones are computed in float32 and keep their states in their own dtype,
+    as with ``fused=True`` in torch. All options of the formula are covered: L2 and decoupled weight decay, ``amsgrad``,
+    ``maximize``; on a GPU ``capturable`` too. Results do not depend on the number of threads nor on the machine's
+    instruction set, nor on whether the CPU or a GPU computes them.
 
     Everything else takes torch's path and gives torch's result: complex or sparse tensors, tensor subclasses, other
-    devices, ``capturable``, ``differentiable``, betas given as tensors. ``deepops.explain(optimizer)`` says which path
-    is taken and why. ``foreach`` and ``fused`` are kept and saved; they choose among torch's paths where one is taken.
+    devices, a second GPU, ``capturable`` on the CPU, ``differentiable``, betas given as tensors, ``lr`` given as a
+    tensor on a GPU. ``deepops.explain(optimizer)`` says which path is taken and why. ``foreach`` and ``fused`` are kept
+    and saved; they choose among torch's paths where one is taken.
 
     Args:
         params: tensors, named tensors or dicts of param groups, as for every ``torch.optim`` optimizer.
@@ -48,8 +50,13 @@ class Adam(FusedStep, torch.optim.Adam):
         ValueError, TypeError, RuntimeError: torch's own, for the same arguments.
 
     Notes:
-        ``state[p]["step"]`` is a float32 tensor that views one buffer shared by all parameters. A step raises the
-        version counters (``Tensor._version``) of the parameters, not those of the states.
+        ``state[p]["step"]`` is a float32 tensor that views one buffer shared by all parameters, on their device; the
+        host never waits for it. ``state_dict()`` has it where torch's has it: on the CPU unless ``capturable`` or
+        ``fused``. A counter is a whole number: of another one the kernel takes the whole part for the bias correction.
+        A step raises the version counters (``Tensor._version``) of the parameters, not those of the states.
+
+        A CUDA graph captures a step with ``capturable=True`` after at least one step before the capture; options that
+        are numbers stay what they were at the capture.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
