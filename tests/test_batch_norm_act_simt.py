@@ -16,7 +16,7 @@ from bn_cases import ACTIVATIONS, DTYPES, Case, backward, evaluate, make_case, o
 pytestmark = pytest.mark.usefixtures("on_simt")
 
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-ALIGNED = (4, 64, 28, 28)  # planes and rows are whole 16-byte packs in every dtype
+ALIGNED = (8, 64, 56, 56)  # whole 16-byte packs in every dtype; a few blocks on each multiprocessor
 # Odd planes and channels, several work items to a channel, a single channel, many channels, two dimensions.
 SHAPES = [(3, 5, 7, 7), (2, 3, 90, 91), (9, 1, 33, 5), (5, 130, 3, 3), (300, 17, 1, 1), (2, 64, 8, 8)]
 each_layout = pytest.mark.parametrize("layout", FORMATS)
@@ -106,7 +106,7 @@ def assert_moves(launch: simt.Launch, name: str, compulsory: int, limit: float) 
 
 @each_layout
 def test_no_bank_conflicts(layout):
-    case = make_case(ALIGNED, memory_format=FORMATS[layout], residual=True)
+    case = make_case((4, 64, 28, 28), memory_format=FORMATS[layout], residual=True)
     for counted in run_all(case, True):
         for launch in counted.kernels:
             assert launch.wavefronts == launch.ideal_wavefronts, launch.name
