@@ -29,7 +29,7 @@ def check_requirements() -> None:
 
 
 class CMakeBuild(build_ext):
-    """One CMake run makes all libraries. All are declared, so that an editable install copies all of them."""
+    """One CMake run makes all libraries. All are declared, so that editable installs copy all; _cuda may be missing."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the file of an extension; those without Python symbols have no interpreter tag in their names."""
@@ -54,8 +54,8 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": os.environ.get("DEEPOPS_BUILD_TYPE", "Debug" if self.debug else "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of an earlier isolated build is gone
-            "DEEPOPS_CUDA": os.environ.get("DEEPOPS_CUDA", "auto"),  # see cmake/Cuda.cmake
-            "DEEPOPS_CUDA_ARCHS": os.environ.get("DEEPOPS_CUDA_ARCHS", "80;90;100"),
+            "DEEPOPS_CUDA": os.environ.get("DEEPOPS_CUDA") or "auto",  # see cmake/Cuda.cmake
+            "DEEPOPS_CUDA_ARCHS": os.environ.get("DEEPOPS_CUDA_ARCHS") or "80;90;100",
             "DEEPOPS_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -66,6 +66,5 @@ class CMakeBuild(build_ext):
                 sys.exit("deepops: cannot build: see the error above")
 
 
-# Whether there will be a _cuda.so is CMake's decision: hence optional.
 EXTENSIONS = [Extension(f"deepops.{name}", [], optional=name == "_cuda") for name in ("_C", "_ops", "_cuda")]
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

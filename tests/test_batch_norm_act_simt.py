@@ -16,7 +16,7 @@ from bn_cases import ACTIVATIONS, DTYPES, Case, backward, evaluate, make_case, o
 pytestmark = pytest.mark.usefixtures("on_simt")
 
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-ALIGNED = (4, 64, 28, 28)  # planes and rows are whole 16-byte packs in every dtype
+ALIGNED = (8, 64, 56, 56)  # whole 16-byte packs in every dtype; a few blocks on each multiprocessor
 # Odd planes and channels, several work items to a channel, a single channel, many channels, two dimensions.
 SHAPES = [(3, 5, 7, 7), (2, 3, 90, 91), (9, 1, 33, 5), (5, 130, 3, 3), (300, 17, 1, 1), (2, 64, 8, 8)]
 each_layout = pytest.mark.parametrize("layout", FORMATS)
@@ -74,30 +74,39 @@ def test_nothing_launches_nothing():
 @each_layout
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-def test_bytes_and_coalescing_at_aligned_shapes(residual, dtype, layout):
-    """Elementwise kernels move what they must, in 16-byte accesses: sector bytes <= 1.02 of the tensors' bytes."""
+def test_bytes_and_coalescing_of_elementwise_kernels(residual, dtype, layout):
+    """They move what they must, in 16-byte accesses: sector bytes at most 1.02 times the tensors' bytes."""
     case = make_case(ALIGNED, dtype, FORMATS[layout], residual=residual)
     size = case.x.numel() * case.x.element_size()
     forward, backwards = run_all(case, True)
-    compulsory = {
-        "forward": size * (3 if residual else 2),
-        "statistics": size,
-        "backward": size * (5 if residual else 3),  # grad_y, x and the kept output in; one or two gradients out
-        "reduce": size * (3 if residual else 2),
-    }
-    for launch in [*forward.kernels, *backwards.kernels]:
-        part = next(name for name in compulsory if launch.name.endswith(name))
-        ratio = launch.sector_bytes / compulsory[part]
-        limit = 1.02 if part in ("forward", "backward") else 1.06  # partial sums and sampled values are small change
-        assert 1 <= ratio <= limit, f"{launch.name}: {ratio:.4f} of the compulsory bytes"
-        assert launch.coalescing >= 0.99, f"{launch.name}: {launch.coalescing:.4f}"
-        in_packs = 16 * launch.lanes_of_width["16"]
-        assert in_packs == compulsory[part], f"{launch.name}: {in_packs} bytes in packs of {compulsory[part]}"
+    # in: x, residual; out: y. In: grad_y, x, the kept output; out: one or two gradients.
+    assert_moves(forward.kernels[1], "forward", size * (3 if residual else 2), 1.02)
+    assert_moves(backwards.kernels[1], "backward", size * (5 if residual else 3), 1.02)
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_and_coalescing_of_sums(dtype, layout):
+    """Beside the data: partial sums, sampled values and per-channel numbers, of every block."""
+    case = make_case((8, 16, 56, 56), dtype, FORMATS[layout])
+    size = case.x.numel() * case.x.element_size()
+    forward, backwards = run_all(case, True)
+    assert_moves(forward.kernels[0], "statistics", size, 1.06)
+    assert_moves(backwards.kernels[0], "reduce", 2 * size, 1.06)
+
+
+def assert_moves(launch: simt.Launch, name: str, compulsory: int, limit: float) -> None:
+    assert launch.name == f"batch_norm_act_{name}"
+    ratio = launch.sector_bytes / compulsory
+    assert 1 <= ratio <= limit, f"{name}: {ratio:.4f} times the compulsory bytes"
+    assert launch.coalescing >= 0.99, f"{name}: {launch.coalescing:.4f}"
+    in_packs = 16 * launch.lanes_of_width["16"]
+    assert in_packs == compulsory, f"{name}: {in_packs} bytes in packs of {compulsory}"
 
 
 @each_layout
 def test_no_bank_conflicts(layout):
-    case = make_case(ALIGNED, memory_format=FORMATS[layout], residual=True)
+    case = make_case((4, 64, 28, 28), memory_format=FORMATS[layout], residual=True)
     for counted in run_all(case, True):
         for launch in counted.kernels:
             assert launch.wavefronts == launch.ideal_wavefronts, launch.name

@@ -107,6 +107,38 @@ def test_build_info_names_the_architectures(binary: Path) -> None:
     assert deepops.build_info()["cuda_archs"] == sorted(deepops.build_info()["cuda_archs"], key=int) != []
 
 
+NO_PROGRAMS = ("-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_PROGRAM=ONLY")
+
+
+@pytest.mark.parametrize(
+    ("options", "fails", "line"),
+    [
+        (["-DDEEPOPS_CUDA=yes"], True, "deepops: DEEPOPS_CUDA=yes: expected auto, 1 or 0"),
+        (["-DDEEPOPS_CUDA=1"], True, "deepops: DEEPOPS_CUDA=1, but no nvcc: set CUDA_HOME or extend the PATH"),
+        (
+            ["-DTORCH_CUDA_VERSION=13.0"],
+            False,
+            "-- deepops: torch has CUDA, but there is no nvcc: _cuda.so is not built",
+        ),
+        (["-DTORCH_CUDA_VERSION=0"], False, ""),
+        (["-DTORCH_CUDA_VERSION=13.0", "-DDEEPOPS_CUDA=0"], False, ""),
+    ],
+    ids=["wrong", "demanded", "auto", "torch without", "never"],
+)
+def test_the_build_tells_why_there_will_be_no_kernels(
+    options: list[str], fails: bool, line: str, tmp_path: Path
+) -> None:
+    """On a machine without any program; cmake/Cuda.cmake ends here before it needs a compiler."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if cmake is None or not (ROOT / "cmake").exists():
+        pytest.skip("needs the source tree and cmake")
+    command = [cmake, "-DTORCH_ROOT=/nowhere", *NO_PROGRAMS, *options, "-P", ROOT / "cmake" / "Cuda.cmake"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (done.returncode != 0) == fails, done.stdout
+    lines = [text.strip() for text in done.stdout.splitlines() if "deepops" in text]
+    assert lines == ([line] if line else [])
+
+
 def why(monkeypatch: pytest.MonkeyPatch, **world: object) -> str:
     """What ``_load_cuda`` says in another world."""
     monkeypatch.setattr(_library, "_MISSING", world.get("missing", {}))

@@ -94,10 +94,11 @@ DEEPOPS_DEVICE void update_one(T& p, T g, T& m, T& v, T& v_max, const AdamFactor
   if (kAmsgrad) v_max = gpu::narrow<T>(wide_max);
 }
 
-// Where a warp works in a tensor: `head` elements from `begin` one by one, `packs` packs, and the rest up to `end` one
-// by one again.
+// Where a warp works in a tensor: `count` elements from `begin` on, first `head` one by one, then `packs` packs, and
+// the rest one by one again.
 struct Span {
-  int64_t begin, end;
+  int64_t begin;
+  int count;
   int head, packs;
 };
 
@@ -109,7 +110,7 @@ DEEPOPS_DEVICE Span span_of(const Row& row, int64_t begin, int64_t end) {
   const uintptr_t at = offset(row.param);
   if (offset(row.grad) != at || offset(row.state[0]) != at || offset(row.state[1]) != at ||
       (kAmsgrad && offset(row.state[2]) != at)) {
-    return {begin, end, int(end - begin), 0};
+    return {begin, int(end - begin), int(end - begin), 0};
   }
   const int64_t head = gpu::head(static_cast<const T*>(row.param), row.numel);
   const auto moved = [&](int64_t cut) { return cut + head < row.numel ? cut + head : row.numel; };
@@ -117,7 +118,8 @@ DEEPOPS_DEVICE Span span_of(const Row& row, int64_t begin, int64_t end) {
   begin = is_first ? 0 : moved(begin);
   end = moved(end);
   const int single = is_first ? int(head) : 0;
-  return {begin, end, single, int((end - begin - single) / Pack<T>::kSize)};
+  const int count = int(end - begin);
+  return {begin, count, single, (count - single) / Pack<T>::kSize};
 }
 
 template <bool kGradDecay, bool kAmsgrad, class T>
@@ -129,7 +131,7 @@ DEEPOPS_DEVICE void update(const Row& row, int64_t begin, int64_t end, const Ada
   T* const m = static_cast<T*>(row.state[0]) + span.begin;
   T* const v = static_cast<T*>(row.state[1]) + span.begin;
   T* const v_max = static_cast<T*>(row.state[2]) + (kAmsgrad ? span.begin : 0);
-  const int count = int(span.end - span.begin);
+  const int count = span.count;
 #pragma unroll 1
   for (int k = gpu::lane(); k < span.packs; k += gpu::kWarp) {
     const int i = span.head + k * Pack<T>::kSize;

@@ -225,7 +225,7 @@ class FusedStep(torch.optim.Optimizer):
 
         That is the state itself, except that step counters which torch would keep on the CPU are copied there.
         """
-        saved: dict[str, Any] = super().state_dict()  # type: ignore[no-untyped-call]
+        saved: dict[str, Any] = super().state_dict()
         moved = []
         for group in saved["param_groups"]:
             if not (group["capturable"] or group["fused"]):

@@ -38,6 +38,8 @@ enum class Bug : int {
   blocks_share_an_output,
   plain_counter,
   missing_fence,
+  missing_first_fence,
+  missing_second_fence,
   not_the_last_block,
   counter_not_zeroed,
   order_of_arrival,
@@ -70,6 +72,8 @@ const char* const kNames[] = {"none",
                               "blocks_share_an_output",
                               "plain_counter",
                               "missing_fence",
+                              "missing_first_fence",
+                              "missing_second_fence",
                               "not_the_last_block",
                               "counter_not_zeroed",
                               "order_of_arrival",
@@ -185,15 +189,16 @@ DEEPOPS_KERNEL(kThreads) grid_sum(const float* x, float* out, unsigned* counter,
   gpu::block_sum<kThreads>(sum);
   if (gpu::thread() == 0) gpu::store(out + 1 + gpu::block(), sum[0]);
   bool last;
-  if (bug == Bug::missing_fence || bug == Bug::order_of_arrival) {
+  const bool no_fence = bug == Bug::missing_fence;
+  if (no_fence || bug == Bug::missing_first_fence || bug == Bug::missing_second_fence || bug == Bug::order_of_arrival) {
     DEEPOPS_SHARED(unsigned, arrived, 1);
-    if (bug == Bug::order_of_arrival) gpu::fence();
+    if (!no_fence && bug != Bug::missing_first_fence) gpu::fence();
     gpu::barrier();
     if (gpu::thread() == 0) arrived.store(0, gpu::atomic_add(counter, 1));
     gpu::barrier();
     last = arrived.load(0) == unsigned(gpu::blocks()) - 1;
+    if (!no_fence && bug != Bug::missing_second_fence) gpu::fence();
     if (bug == Bug::order_of_arrival) {
-      gpu::fence();
       // Every block adds to the total as it comes: the order of the additions is anybody's guess.
       if (gpu::thread() == 0) gpu::store(out, (arrived.load(0) ? gpu::load_fresh(out) : 0.0f) + sum[0]);
       return;

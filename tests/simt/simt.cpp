@@ -90,10 +90,10 @@ struct State {
 // that they order nothing between blocks; and barriers take turns with two of them, as a thread may come to the next
 // barrier before another has left this one.
 struct {
-  char started, done, fence;
+  char started, done, published;
 } order;
 struct BlockOrder {
-  char barrier[2], warp[2][kWarp];
+  char barrier[2], warp[2][kWarp], fence;
 };
 BlockOrder& block_order();
 
@@ -369,15 +369,28 @@ uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here) {
   return thread.result;
 }
 
-// Between blocks only fences order memory: what a thread wrote before its fence is visible to those that fence after
-// an atomic operation of their block.
+// Between blocks, what a thread wrote before its fence is visible from the next atomic operation of its block on, to
+// threads that fence after an atomic operation of theirs.
 void fence() {
-  release(&order.fence);
-  if (state.did_atomic) acquire(&order.fence);
+  if (state.did_atomic) acquire(&order.published);
+  release(&block_order().fence);
+}
+
+// Hands on what the block's threads have fenced, and no more than that: not what the calling thread itself did since.
+void publish() {
+#ifdef SIMT_TSAN
+  static void* const publisher = __tsan_create_fiber(0);
+  void* const self = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(publisher, 1);
+  __tsan_acquire(&block_order().fence);
+  __tsan_release(&order.published);
+  __tsan_switch_to_fiber(self, 1);
+#endif
 }
 
 unsigned atomic_add(unsigned* counter, unsigned value, Here here) {
   global_access(counter, sizeof(unsigned), true, here);
+  publish();
   state.did_atomic = true;
   return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }

@@ -45,6 +45,8 @@ CAUGHT: dict[str, dict[str, int]] = {
     "blocks_share_an_output": {**dict.fromkeys(EVERY, WRONG), "thread": TSAN},
     "plain_counter": {"thread": TSAN},
     "missing_fence": {"thread": TSAN},
+    "missing_first_fence": {"thread": TSAN},
+    "missing_second_fence": {"thread": TSAN},
     "not_the_last_block": {"reverse": WRONG, "random": WRONG, "thread": TSAN},
     "counter_not_zeroed": dict.fromkeys(EVERY, WRONG),
     "order_of_arrival": {"reverse": WRONG, "random": WRONG},
