@@ -91,7 +91,7 @@ struct Statistics {
 
 // The mean of samples spread over the channel. Any finite value would be correct; one near the mean is accurate.
 template <class T>
-DEEPOPS_DEVICE double sample(const Statistics<T>& args, int channel) {
+DEEPOPS_DEVICE OpMath<T> sample(const Statistics<T>& args, int channel) {
   const BatchNormActShape& shape = args.shape;
   double sum = 0;
 #pragma unroll
@@ -99,21 +99,20 @@ DEEPOPS_DEVICE double sample(const Statistics<T>& args, int channel) {
     if (s < shape.samples)
       sum += double(gpu::widen(gpu::load(args.x + shape.sample_offset[s] + channel * shape.next_channel)));
   }
-  double mean = sum * args.per_sample;
   // On the grid of the data, differences have few bits: rounding errors of equal values do not add up.
-  if (!shape.exact) mean = double(gpu::widen(gpu::narrow<T>(OpMath<T>(mean))));
+  const OpMath<T> mean = gpu::widen(gpu::narrow<T>(OpMath<T>(sum * args.per_sample)));
   return mean - mean == 0 ? mean : 0;  // not finite: any value does
 }
 
 // Adds x - shift and its square. S: the type of the differences. near: receives the shifts of the block's channels.
 template <class S, int U, class T, class View>
 DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, const View& view,
-                                                     const gpu::Shared<double>& near) {
+                                                     const gpu::Shared<OpMath<T>>& near) {
   constexpr int V = View::V;
   typename View::ThreadSums sums;
   const auto shift = view.template numbers<Shift<S>>([&](int channel) {
-    const double found = sample(args, channel);
-    near.store(channel - view.channel(0), found);
+    const OpMath<T> found = sample(args, channel);
+    near.store(View::slot(channel - view.channel(0)), found);
     return Shift<S>{S(found)};
   });
   view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
@@ -175,7 +174,7 @@ template <class T, class View>
 DEEPOPS_KERNEL(kThreads, 1)
 statistics(Statistics<T> args, View view) {
   using A = OpMath<T>;
-  DEEPOPS_SHARED(double, near, View::kColumns);
+  DEEPOPS_SHARED(A, near, View::kSlots);
   const auto mine = sum_in<A, kStatisticsUnroll<View>>(
       args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view, near); });
   Sums sums = view.block_sums(mine);
@@ -186,7 +185,7 @@ statistics(Statistics<T> args, View view) {
   Moments moments{0, 0};
   if (finishes) {
     const double offset = sums.a * args.per_count;
-    moments.mean = near.load(channel - view.channel(0)) + offset;
+    moments.mean = double(near.load(View::slot(channel - view.channel(0)))) + offset;
     moments.variance = sums.b * args.per_count - offset * offset;
     if (moments.variance < 0) moments.variance = 0;
   }

@@ -16,7 +16,8 @@ inline constexpr int kPlanesPerBlock = 128;
 template <class T>
 struct Planar {
   static constexpr int V = gpu::Pack<T>::kSize;
-  static constexpr int kColumns = 1;  // channels of a block in a reduction
+  static constexpr int kSlots = 1;  // for the number of the one channel of a block in a reduction
+  DEEPOPS_DEVICE static int slot(int) { return 0; }
   using ThreadSums = OneChannelSums<V>;
 
   int64_t batch, inner;  // N, L

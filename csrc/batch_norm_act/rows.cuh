@@ -15,6 +15,7 @@ struct Rows {
   // Where the numbers of column t lie in shared memory: such that neither neighbouring columns, which are stored
   // together, nor those of neighbouring threads, which are loaded together, share a bank.
   static constexpr int kStride = V == 8 ? 12 : 1 << kLogLanes;
+  static constexpr int kSlots = V * kStride;
   DEEPOPS_DEVICE static int slot(int column) { return column % V * kStride + column / V; }
   using ThreadSums = ManyChannelSums<V>;
 
@@ -45,7 +46,6 @@ struct Rows {
   template <class Number, class Make>
   DEEPOPS_DEVICE auto numbers(const Make& make) const {
     using A = typename MemberOf<Number>::Type;
-    constexpr int kSlots = V * kStride;
     DEEPOPS_SHARED(A, memory, sizeof(Number) / sizeof(A) * kSlots);
     const Staged<A, Number, kSlots> staged{memory};
     const int mine = first_channel() + gpu::thread();
