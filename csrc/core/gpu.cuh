@@ -42,8 +42,8 @@ struct Here {};
   ::deepops::gpu::Here {}
 
 // DEEPOPS_KERNEL(threads) name(arguments) {...}: a kernel that is launched with blocks of `threads` threads.
-// DEEPOPS_KERNEL(threads, blocks): registers have to suffice for so many blocks on a multiprocessor. With 1 the compiler
-// does not spill some to fit in another block.
+// DEEPOPS_KERNEL(threads, blocks): registers have to suffice for so many blocks on a multiprocessor. With 1 the
+// compiler does not spill some to fit in another block.
 #define DEEPOPS_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEEPOPS_DEVICE __device__ __forceinline__
 
