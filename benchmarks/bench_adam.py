@@ -45,7 +45,9 @@ def steppers(names: Iterable[str], shapes: Shapes, dtype: torch.dtype) -> dict[s
     for name in names:
         optimizer = OPTIMIZERS[name](params)
         for param, (exp_avg, exp_avg_sq) in zip(params, moments, strict=True):
-            optimizer.state[param] = {"step": torch.tensor(0.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            # as torch has it: without `fused` counters are on the CPU, where they are read without waiting for the GPU
+            step = torch.tensor(0.0) if name in ("torch", "deepops") else torch.tensor(0.0, device="cpu")
+            optimizer.state[param] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         steps[name] = optimizer.step
     return steps
 

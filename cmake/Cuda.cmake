@@ -1,6 +1,9 @@
 # Whether _cuda.so is built, and how. Sets DEEPOPS_BUILD_CUDA and, if it is, the CUDA language and DEEPOPS_CUDA_TEXT.
 #   DEEPOPS_CUDA=auto  where the torch of the build has CUDA and there is an nvcc: elsewhere nobody could load it
-#   DEEPOPS_CUDA=1     against a CPU-only torch too (the binary then runs on any torch that has CUDA); else an error
+#   DEEPOPS_CUDA=1     against a CPU-only torch too; else an error
+# The binary loads on any torch that has CUDA. It brings its own CUDA runtime: the GPU's driver has to be as new as the
+# compiler (CUDA 13: 580), and the GPU not older than the first of DEEPOPS_CUDA_ARCHS.
+#
 #   DEEPOPS_CUDA=0     never
 # nvcc: CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda or, from PyPI, nvidia-cuda-nvcc beside torch.
 set(DEEPOPS_CUDA auto CACHE STRING "build the CUDA kernels: auto, 1 or 0")
@@ -41,6 +44,14 @@ if(EXISTS ${toolkit}/lib/libcudart_static.a AND NOT EXISTS ${toolkit}/lib64)
   set(CMAKE_CUDA_FLAGS "$ENV{CUDAFLAGS} -L${toolkit}/lib") # PyPI's packages: their nvcc looks in lib64, which is lib
 endif()
 enable_language(CUDA)
+if(TORCH_CUDA_VERSION AND NOT CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 1)
+  string(REGEX MATCH "^[0-9]+" torch_major "${TORCH_CUDA_VERSION}")
+  string(REGEX MATCH "^[0-9]+" nvcc_major "${CMAKE_CUDA_COMPILER_VERSION}")
+  if(nvcc_major GREATER torch_major)
+    message(WARNING "deepops: torch is built for CUDA ${TORCH_CUDA_VERSION}, nvcc is ${CMAKE_CUDA_COMPILER_VERSION}: "
+      "a driver that is new enough for torch may be too old for deepops' kernels; CUDA_HOME chooses another nvcc")
+  endif()
+endif()
 
 # torch_cuda: the real library or, where torch has none, an empty one. The linker wants its soname and that of one
 # symbol; what is loaded at run time is torch's.

@@ -71,6 +71,20 @@ def has_kernel(op: str, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"deepops::{op}", key))
 
 
+@cache
+def gpu_not_covered(index: int | None) -> str:
+    """Why the CUDA kernels cannot run on GPU ``index`` (None: the current one); empty when they can.
+
+    They have code for the architectures of the build, which newer GPUs of the same generation run too, and PTX of the
+    last, from which the driver makes code for all newer ones. What is older than the first has none.
+    """
+    archs = str(_C.build_info()["cuda_archs"]).split() if _C is not None else []
+    major, minor = torch.cuda.get_device_capability(index)
+    if archs and 10 * major + minor < int(archs[0]):
+        return f"the CUDA kernels were built for compute capability {archs[0]} and up, and this GPU has {major}{minor}"
+    return ""
+
+
 def version() -> str:
     """The version of deepops: pyproject.toml states it, and the build writes it into ``_C``."""
     if _C is not None:

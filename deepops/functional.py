@@ -30,7 +30,7 @@ from deepops._checks import (
     check_residual,
 )
 from deepops._convolution import convolution
-from deepops._library import binaries, has_kernel
+from deepops._library import binaries, gpu_not_covered, has_kernel
 
 __all__ = ["batch_norm_act", "conv_bn_act"]
 
@@ -219,6 +219,10 @@ def _kernel_applies(x: Tensor, *others: Tensor | None) -> bool:
         if device not in _warned and device != "meta":
             _warn_once(device)
         return False
+    if device == "cuda" and not torch.compiler.is_compiling() and gpu_not_covered(x.device.index):
+        if device not in _warned:
+            _warn_once(device, gpu_not_covered(x.device.index))
+        return False
     return x.numel() > 0 and (torch.compiler.is_compiling() or _sees_all())
 
 
@@ -353,9 +357,10 @@ def _shift_running_mean(
         running_mean.add_(shift / num_batches_tracked)
 
 
-def _warn_once(device: str) -> None:
+def _warn_once(device: str, cause: str = "") -> None:
     _warned.add(device)
     if _KERNEL_ON["cpu"]:  # else the import has already said why
-        cause = f": _cuda {binaries()['_cuda']}" if device == "cuda" else ""
-        message = f"deepops has no kernels for {device!r} tensors and runs them on plain PyTorch{cause}"
+        cause = cause or (f"_cuda {binaries()['_cuda']}" if device == "cuda" else "")
+        message = f"deepops has no kernels for {device!r} tensors and runs them on plain PyTorch"
+        message += f": {cause}" if cause else ""
         warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -74,6 +74,7 @@ def assert_same_bits(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x.detach(), y.detach(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(x.detach().signbit() | x.isnan(), y.detach().signbit() | y.isnan()), "0 and -0"
 
 
 def states(optimizer, params, name):

@@ -1,5 +1,6 @@
 """What torch's optimizers do around a step, and Adam too: closures, hooks, zero_grad, autograd, scaler, compiler."""
 
+import backends
 import pytest
 import torch
 from adam_cases import assert_alike, assert_same_bits, both, everything, give_grads, make, on_every_backend, step_both
@@ -71,10 +72,10 @@ def test_grad_scaler(fused):
     """An overflow skips the step; otherwise scaling by a power of two changes nothing."""
     ours, plain = make(), make()
     a, b = Adam(ours, fused=fused), Adam(plain)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    scaler = torch.amp.GradScaler(backends.device(), init_scale=1024.0, growth_interval=100)
     for seed in range(5):
         give_grads(ours, plain, seed=seed)
-        scaler.scale(torch.ones(()))
+        scaler.scale(torch.ones((), device=backends.device()))
         scale = scaler.get_scale()
         for p in ours:
             p.grad *= scale
@@ -94,8 +95,8 @@ def test_grad_scale_set_by_hand_as_in_torch():
     for seed in range(3):
         give_grads(ours, stock, seed=seed)
         for optimizer in (a, b):
-            optimizer.grad_scale = torch.tensor(4.0) if seed == 1 else None
-            optimizer.found_inf = torch.tensor(0.0) if seed == 1 else None
+            optimizer.grad_scale = torch.tensor(4.0, device=backends.device()) if seed == 1 else None
+            optimizer.found_inf = torch.tensor(0.0, device=backends.device()) if seed == 1 else None
             optimizer.step()
     assert_alike(ours, stock, a, b)
 

@@ -105,8 +105,9 @@ def assert_moves(launch: simt.Launch, name: str, compulsory: int, limit: float) 
 
 
 @each_layout
-def test_no_bank_conflicts(layout):
-    case = make_case((4, 64, 28, 28), memory_format=FORMATS[layout], residual=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bank_conflicts(dtype, layout):
+    case = make_case((4, 64, 28, 28), dtype, FORMATS[layout], residual=True)
     for counted in run_all(case, True):
         for launch in counted.kernels:
             assert launch.wavefronts == launch.ideal_wavefronts, launch.name

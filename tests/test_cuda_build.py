@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +176,33 @@ def test_a_cuda_tensor_without_a_kernel_takes_the_reference_path(monkeypatch: py
     (warning,) = [str(entry.message) for entry in caught if entry.category is RuntimeWarning]
     assert warning.startswith("deepops has no kernels for 'cuda' tensors and runs them on plain PyTorch: _cuda ")
     assert _library.binaries()["_cuda"] in warning
+
+
+def test_a_gpu_older_than_the_build_is_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no code for such a GPU: every launch would fail. The answer goes into the warning and into explain()."""
+    monkeypatch.setattr(_library, "_C", SimpleNamespace(build_info=lambda: {"cuda_archs": "80 90 100"}))
+    of_device = {0: (7, 5), 1: (8, 0), 2: (8, 9), 3: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of_device.__getitem__)
+    _library.gpu_not_covered.cache_clear()
+    try:
+        reasons = [_library.gpu_not_covered(index) for index in of_device]
+    finally:
+        _library.gpu_not_covered.cache_clear()
+    assert reasons == ["the CUDA kernels were built for compute capability 80 and up, and this GPU has 75", "", "", ""]
+
+
+def test_a_cuda_tensor_on_such_a_gpu_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = deepops.functional
+    monkeypatch.setattr(functional, "_KERNEL_ON", {"cpu": True, "cuda": True})
+    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(functional, "gpu_not_covered", lambda index: "too old")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, 3, 5, 5, device="cuda")
+        statistics = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
+        with pytest.warns(
+            RuntimeWarning, match="runs them on plain PyTorch: too old"
+        ):
+            assert functional.batch_norm_act(x, *statistics).device.type == "cuda"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            functional.batch_norm_act(x, *statistics)

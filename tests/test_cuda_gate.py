@@ -123,6 +123,16 @@ def test_planted_kernels_are_caught(tmp_path: Path) -> None:
             assert all(any(words in line for line in found) for words in expected), found
 
 
+def test_instructions_that_round_otherwise_are_found() -> None:
+    """Without .rn a driver may contract when it compiles the PTX for a newer GPU."""
+    lines = {"mul.rn.f32": False, "add.rn.f64": False, "mul.lo.s32": False, "mad.lo.s32": False, "div.rn.f32": False,
+             "sqrt.rn.f32": False, "add.s64": False, "fma.rn.f32": True, "mul.f32": True, "add.f64": True,
+             "mad.rn.f32": True, "div.full.f32": True, "rcp.approx.ftz.f32": True, "add.rn.ftz.f32": True}  # fmt: skip
+    for instruction, found in lines.items():
+        ptx = f".visible .entry kernel(\n)\n{{\n\t{instruction} \t%a, %b, %c;\n}}\n"
+        assert compiled.ptx_facts(ptx)["kernel"][1] == ((instruction,) if found else ()), instruction
+
+
 @needs_compiler
 def test_occupancy_follows_registers_and_shared_memory() -> None:
     """Against the occupancy tables of the CUDA C++ programming guide."""

@@ -171,7 +171,7 @@ DEEPOPS_DEVICE void repair(const Statistics<T>& args, const View& view, bool bro
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 1)
+DEEPOPS_KERNEL(kThreads, 2)
 statistics(Statistics<T> args, View view) {
   using A = OpMath<T>;
   DEEPOPS_SHARED(A, near, View::kSlots);
@@ -249,7 +249,7 @@ DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chun
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 1)
+DEEPOPS_KERNEL(kThreads)
 forward(Forward<T> args, View view) {
   if (args.num_batches_tracked && gpu::block() == 0 && gpu::thread() == 0)
     gpu::store(args.num_batches_tracked, gpu::load(args.num_batches_tracked) + 1);
@@ -289,7 +289,7 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, co
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 1)
+DEEPOPS_KERNEL(kThreads, 2)
 reduce(Reduce<T> args, View view) {
   using A = OpMath<T>;
   const auto mine =
@@ -333,7 +333,7 @@ DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&ch
 }
 
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 1)
+DEEPOPS_KERNEL(kThreads, 2)
 backward(Backward<T> args, View view) {
   using A = OpMath<T>;
   const auto numbers_of = [&](int channel) -> InputGrad<A> {

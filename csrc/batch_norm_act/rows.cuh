@@ -12,11 +12,13 @@ struct Rows {
   static constexpr int V = V_;
   static constexpr int kLogLanes = V > 1 ? 3 : 5;  // threads side by side, at most: 128 bytes of packs
   static constexpr int kColumns = V << kLogLanes;  // at most
-  // Where the numbers of column t lie in shared memory: such that neither neighbouring columns, which are stored
-  // together, nor those of neighbouring threads, which are loaded together, share a bank.
-  static constexpr int kStride = V == 8 ? 12 : 1 << kLogLanes;
-  static constexpr int kSlots = V * kStride;
-  DEEPOPS_DEVICE static int slot(int column) { return column % V * kStride + column / V; }
+  // Where the number of a column of the tile lies in shared memory: such that neither neighbouring columns, which are
+  // stored together, nor the same element of neighbouring chunks, which are loaded together, share a bank.
+  static constexpr int kSlots = kColumns;
+  DEEPOPS_DEVICE static int slot(int column) {
+    const int i = column % V;
+    return (i << kLogLanes) + (column / V ^ i / 4 * 4);
+  }
   using ThreadSums = ManyChannelSums<V>;
 
   int64_t rows;   // R

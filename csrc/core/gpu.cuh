@@ -192,19 +192,19 @@ DEEPOPS_DEVICE int blocks() { return ::simt::blocks(); }
 namespace detail {
 // The executor is told of an access; the access itself stands here, where sanitizers see it.
 template <class V>
-DEEPOPS_DEVICE V load(const void* p, Here here) {
-  ::simt::global_access(p, sizeof(V), false, here);
+DEEPOPS_DEVICE V load(const void* p, Here here, ::simt::Global kind = ::simt::Global::load) {
+  ::simt::global_access(p, sizeof(V), kind, here);
   V value;
   __builtin_memcpy(&value, p, sizeof(V));
   return value;
 }
 template <class V>
 DEEPOPS_DEVICE V load_fresh(const void* p, Here here) {
-  return load<V>(p, here);
+  return load<V>(p, here, ::simt::Global::load_fresh);
 }
 template <class V>
 DEEPOPS_DEVICE void store(void* p, V value, Here here) {
-  ::simt::global_access(p, sizeof(V), true, here);
+  ::simt::global_access(p, sizeof(V), ::simt::Global::store, here);
   __builtin_memcpy(p, &value, sizeof(V));
 }
 }  // namespace detail

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepops._library import _C
+from deepops._library import _C, gpu_not_covered
 
 Group = dict[str, Any]
 
@@ -293,6 +293,8 @@ def _uncovered(param: Tensor, kernel: str, backend: str) -> str:
         return f"its dtype is {param.dtype}"
     if _C is None or not _C.has_step(kernel, backend):
         return f"there is no kernel for {backend}"
+    if param.device.type == "cuda" and (reason := gpu_not_covered(param.device.index)):
+        return reason
     if not _C.is_dense(param.shape, param.stride()):
         return "its memory has gaps or overlaps"
     if param.is_neg() or param.is_inference() or (param.numel() > 0 and param.data_ptr() == 0):

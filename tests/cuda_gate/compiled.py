@@ -165,7 +165,9 @@ def ptx_facts(ptx: str) -> dict[str, tuple[int, tuple[str, ...]]]:
         elif match := re.match(r"\s*\.maxntid\s+(\d+)", line):
             threads[name] = int(match[1])
         elif (match := re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)+)\s", line)) and re.search(
-            r"^(fma|mad\.(\w+\.)*f\d)|\.(approx|ftz)\b", match[1]
+            # without .rn a driver that compiles PTX for a newer GPU may still contract
+            r"^(fma|mad\.(\w+\.)*f\d)|\.(approx|full|ftz)\b|^(add|sub|mul)\.f\d",
+            match[1],
         ):
             where.add(match[1])
     return {name: (count, tuple(sorted(inexact[name] | shared))) for name, count in threads.items()}

@@ -20,10 +20,13 @@ int64_t touched(const Access* first, const Access* last, uint64_t size) {
 }
 
 // Rounds in which the 32 banks, 4 bytes wide, serve a warp: 8-byte accesses by halves, 16-byte ones by quarters of it.
+// The accesses are in the order of their lanes.
 void count_wavefronts(const Access* first, const Access* last, Counts& counts) {
-  const int64_t lanes = std::max<int64_t>(1, 32 * int64_t(kBankBytes) / std::max<int64_t>(kBankBytes, first->bytes));
+  const uint32_t lanes =
+      uint32_t(std::max<uint64_t>(1, 32 * kBankBytes / std::max<uint64_t>(kBankBytes, first->bytes)));
   for (const Access* part = first; part != last;) {
-    const Access* end = part + std::min<int64_t>(lanes, last - part);
+    const Access* end = part;
+    while (end != last && end->lane / lanes == part->lane / lanes) ++end;
     std::vector<uint64_t> words;
     for (const Access* a = part; a != end; ++a) {
       for (uint64_t w = a->address / kBankBytes; w <= (a->address + a->bytes - 1) / kBankBytes; ++w) words.push_back(w);

@@ -14,8 +14,8 @@ namespace simt {
 
 // One lane's access.
 struct Access {
-  uint32_t warp, place, pass;  // pass: the n-th time this lane is at this place
-  uint32_t bytes;
+  uint32_t warp, place, pass;  // pass: the n-th time this lane makes an access of this size at this place
+  uint32_t lane, bytes;
   uint64_t address;
   bool store, shared;
 };

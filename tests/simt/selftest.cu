@@ -40,6 +40,7 @@ enum class Bug : int {
   missing_fence,
   missing_first_fence,
   missing_second_fence,
+  stale_load,
   not_the_last_block,
   counter_not_zeroed,
   order_of_arrival,
@@ -74,6 +75,7 @@ const char* const kNames[] = {"none",
                               "missing_fence",
                               "missing_first_fence",
                               "missing_second_fence",
+                              "stale_load",
                               "not_the_last_block",
                               "counter_not_zeroed",
                               "order_of_arrival",
@@ -220,7 +222,9 @@ DEEPOPS_KERNEL(kThreads) grid_sum(const float* x, float* out, unsigned* counter,
   }
   if (!last || gpu::thread() != 0) return;
   float total = 0;
-  for (int b = 0; b < gpu::blocks(); ++b) total += gpu::load_fresh(out + 1 + b);
+  for (int b = 0; b < gpu::blocks(); ++b) {
+    total += bug == Bug::stale_load ? gpu::load(out + 1 + b) : gpu::load_fresh(out + 1 + b);
+  }
   gpu::store(out, total);
 }
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "simt/counts.h"
@@ -48,7 +49,10 @@ struct Array {
 struct Place {
   const char* file;
   int line, kind;
-  bool operator<(const Place& o) const { return std::tie(file, line, kind) < std::tie(o.file, o.line, o.kind); }
+  size_t bytes;
+  bool operator<(const Place& o) const {
+    return std::tie(file, line, kind, bytes) < std::tie(o.file, o.line, o.kind, o.bytes);
+  }
 };
 
 // Everything a launch has. One launch at a time, on whichever thread of the machine.
@@ -83,6 +87,7 @@ struct State {
   Counts* counts = nullptr;
   std::vector<Access> accesses;
   std::map<Place, uint32_t> places;
+  std::unordered_map<uint64_t, int> stored;   // by address / 2, while counting: the block; not of packs
   std::vector<std::vector<uint32_t>> passes;  // [thread][place]
 } state;
 
@@ -306,12 +311,13 @@ std::vector<int> sequence(int64_t blocks) {
 }
 
 void record(const void* p, size_t bytes, bool store, bool shared, Here here) {
-  const Place place{here.file, here.line, store * 2 + shared};
+  const Place place{here.file, here.line, store * 2 + shared, bytes};
   const auto found = state.places.try_emplace(place, uint32_t(state.places.size())).first;
   auto& passes = state.passes[running.thread];
   if (passes.size() <= found->second) passes.resize(found->second + 1);
-  state.accesses.push_back({uint32_t(running.thread / kWarp), found->second, passes[found->second]++, uint32_t(bytes),
-                            reinterpret_cast<uint64_t>(p), store, shared});
+  state.accesses.push_back({uint32_t(running.thread / kWarp), found->second, passes[found->second]++,
+                            uint32_t(running.thread % kWarp), uint32_t(bytes), reinterpret_cast<uint64_t>(p), store,
+                            shared});
 }
 
 }  // namespace
@@ -389,13 +395,26 @@ void publish() {
 }
 
 unsigned atomic_add(unsigned* counter, unsigned value, Here here) {
-  global_access(counter, sizeof(unsigned), true, here);
+  global_access(counter, sizeof(unsigned), Global::store, here);
   publish();
   state.did_atomic = true;
   return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
 
-void record_global(const void* p, size_t bytes, bool store, Here here) { record(p, bytes, store, false, here); }
+// A plain load may get what a multiprocessor's own cache had before another block stored there.
+void record_global(const void* p, size_t bytes, Global kind, Here here) {
+  const uint64_t first = reinterpret_cast<uint64_t>(p) / 2, last = (reinterpret_cast<uint64_t>(p) + bytes - 1) / 2;
+  for (uint64_t unit = first; unit <= last && bytes < 16 && kind == Global::store; ++unit) {
+    state.stored[unit] = running.block;
+  }
+  for (uint64_t unit = first; unit <= last && !state.stored.empty() && kind == Global::load; ++unit) {
+    const auto found = state.stored.find(unit);
+    if (found != state.stored.end() && found->second != running.block) {
+      fail(here, "a plain load of what block %d has stored in this launch: it needs load_fresh()", found->second);
+    }
+  }
+  record(p, bytes, kind == Global::store, false, here);
+}
 
 SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here) {
   for (int i = 0; i < state.array_count; ++i) {
@@ -448,6 +467,7 @@ void launch(const char* name, int64_t blocks, int threads, const std::function<v
   counts.threads = threads;
   state.counts = state.counting ? &counts : nullptr;
   running.counting = state.counting;
+  state.stored.clear();
   running.blocks = int(blocks);
   state.ready.reserve(threads);
   for (const int block : sequence(blocks)) run_block(block);

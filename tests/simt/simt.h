@@ -68,13 +68,15 @@ T shuffle(WarpOp op, T value, int argument, Here here) {
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-void record_global(const void* p, size_t bytes, bool store, Here here);
+enum class Global { load, load_fresh, store };
 
-inline void global_access(const void* p, size_t bytes, bool store, Here here) {
+void record_global(const void* p, size_t bytes, Global kind, Here here);
+
+inline void global_access(const void* p, size_t bytes, Global kind, Here here) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    fail(here, "misaligned %s of %zu bytes at %p", store ? "store" : "load", bytes, p);
+    fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
   }
-  if (running.counting) record_global(p, bytes, store, here);
+  if (running.counting) record_global(p, bytes, kind, here);
 }
 
 // An array in the shared memory of the running block.
