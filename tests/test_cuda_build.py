@@ -199,9 +199,7 @@ def test_a_cuda_tensor_on_such_a_gpu_takes_the_reference_path(monkeypatch: pytes
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, 3, 5, 5, device="cuda")
         statistics = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
-        with pytest.warns(
-            RuntimeWarning, match="runs them on plain PyTorch: too old"
-        ):
+        with pytest.warns(RuntimeWarning, match="runs them on plain PyTorch: too old"):
             assert functional.batch_norm_act(x, *statistics).device.type == "cuda"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
