@@ -26,14 +26,14 @@ from adam_cases import (
 import deepops
 from deepops.optim import Adam
 
-pytestmark = [needs_kernel, pytest.mark.usefixtures("on_simt")]
+pytestmark = needs_kernel
 
 LARGE = 1 << 16  # elements: 64 work items
 STREAMS = {False: 7, True: 9}  # by amsgrad: param, exp_avg, exp_avg_sq (max_exp_avg_sq) in and out, gradient in
 
 
 @pytest.fixture(autouse=True)
-def _attached():
+def _attached(on_simt):
     attach_simt()
 
 
