@@ -199,7 +199,8 @@ def with_occupancy(kernels: dict[Key, Kernel]) -> dict[Key, Kernel]:
     """The same kernels with ``blocks_per_sm``."""
     with tempfile.TemporaryDirectory() as place:
         program = Path(place, "occupancy")
-        run(tool("nvcc"), HERE / "occupancy.cpp", "-O1", "-o", program)
+        # It calls nothing of the CUDA runtime, which PyPI's nvcc does not find beside itself.
+        run(tool("nvcc"), HERE / "occupancy.cpp", "-O1", "-cudart=none", "-o", program)
         questions = "".join(f"{key.arch} {k.threads or 1024} {k.registers} {k.shared}\n" for key, k in kernels.items())
         answers = run(program, text=questions).split()
     if "-1" in answers:
