@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "core/stable.h"
+
 namespace deepops::core {
 
 // Uninitialised, dense, with the sizes, strides, dtype and device of `like`, which is dense itself.

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/stable.h"
 
 #define DEEPOPS_GPU
 #define DEEPOPS_ISA isa_gpu
