@@ -219,9 +219,9 @@ def _kernel_applies(x: Tensor, *others: Tensor | None) -> bool:
         if device not in _warned and device != "meta":
             _warn_once(device)
         return False
-    if device == "cuda" and not torch.compiler.is_compiling() and gpu_not_covered(x.device.index):
+    if device == "cuda" and not torch.compiler.is_compiling() and (reason := gpu_not_covered(x.device.index)):
         if device not in _warned:
-            _warn_once(device, gpu_not_covered(x.device.index))
+            _warn_once(device, reason)
         return False
     return x.numel() > 0 and (torch.compiler.is_compiling() or _sees_all())
 

@@ -23,13 +23,6 @@ def _require(backend: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Run the test per device type."""
-    _require(request.param)
-    return str(request.param)
-
-
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test per backend, on the same cases; see backends.py."""

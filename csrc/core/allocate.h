@@ -21,17 +21,21 @@ inline torch::stable::Tensor empty_like(const torch::stable::Tensor& like) {
   return torch::stable::Tensor(made);
 }
 
+// Uninitialised, [size]. dtype and device_type: torch's own numbers.
+inline torch::stable::Tensor empty_vector(int64_t size, int32_t dtype, int32_t device_type, int32_t device_index) {
+  const int64_t stride = 1;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype, device_type, device_index, &made));
+  return torch::stable::Tensor(made);
+}
+
 // Uninitialised, [size], on the device of `like`.
 inline torch::stable::Tensor empty_vector(int64_t size, torch::headeronly::ScalarType type,
                                           const torch::stable::Tensor& like) {
   int32_t device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  const int64_t stride = 1;
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, dtype, device, like.get_device_index(), &made));
-  return torch::stable::Tensor(made);
+  return empty_vector(size, dtype, device, like.get_device_index());
 }
 
 }  // namespace deepops::core

@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
+#include "core/allocate.h"
 #include "core/dtype.h"
-#include "core/stable.h"
 
 #define DEEPOPS_GPU
 #define DEEPOPS_ISA isa_gpu
@@ -137,11 +137,8 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   check(cudaGetLastError(), name);
 }
 
-// Both in the order of the stream. copy_in: from pinned host memory.
+// In the order of the stream.
 inline void zero(void* data, size_t bytes, Stream stream) { check(cudaMemsetAsync(data, 0, bytes, stream), "memset"); }
-inline void copy_in(void* device, const void* host, size_t bytes, Stream stream) {
-  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "copy");
-}
 
 // Whether what is queued on the stream now becomes part of a CUDA graph.
 inline bool capturing(Stream stream) {
@@ -276,16 +273,11 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
 }
 
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
-inline void copy_in(void* device, const void* host, size_t bytes, Stream) { ::simt::copy_in(device, host, bytes); }
 
 inline bool capturing(Stream) { return false; }
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 inline torch::stable::Tensor host_bytes(int64_t bytes) {
-  const int64_t stride = 1;
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), 0, &made));
-  return torch::stable::Tensor(made);
+  return core::empty_vector(bytes, aoti_torch_dtype_uint8(), device_type(), 0);
 }
 inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Tensor& host) {
   ::simt::copy_in(device.data_ptr(), host.data_ptr(), size_t(host.numel()));
@@ -299,11 +291,7 @@ inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Te
 
 // [bytes] of device memory, uninitialised, from torch's caching allocator: for what is queued on the current stream.
 inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
-  const int64_t stride = 1;
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), device_index, &made));
-  return torch::stable::Tensor(made);
+  return core::empty_vector(bytes, aoti_torch_dtype_uint8(), device_type(), device_index);
 }
 
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }

@@ -476,24 +476,24 @@ void launch(const char* name, int64_t blocks, int threads, const std::function<v
   if (state.counting) state.recorded.push_back(counts);
 }
 
-void zero(void* data, size_t bytes) {
-  memset(data, 0, bytes);
+// What the host asks of the device beside launches. kind: "memset" or "copy".
+static void record_request(const char* kind, size_t bytes) {
   const std::lock_guard lock(state.mutex);
   if (!state.counting) return;
   Counts counts;
-  counts.kind = "memset";
+  counts.kind = kind;
   counts.store_bytes = int64_t(bytes);
   state.recorded.push_back(counts);
 }
 
+void zero(void* data, size_t bytes) {
+  memset(data, 0, bytes);
+  record_request("memset", bytes);
+}
+
 void copy_in(void* device, const void* host, size_t bytes) {
   memcpy(device, host, bytes);
-  const std::lock_guard lock(state.mutex);
-  if (!state.counting) return;
-  Counts counts;
-  counts.kind = "copy";
-  counts.store_bytes = int64_t(bytes);
-  state.recorded.push_back(counts);
+  record_request("copy", bytes);
 }
 
 // IEEE binary16, by the bits: exact, and rounding to nearest even.
