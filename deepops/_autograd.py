@@ -15,6 +15,8 @@ from deepops import reference
 from deepops._library import _C, has_kernel
 
 Grad = Tensor | None
+# training, momentum, eps, activation, negative_slope: one argument of Function.apply, 0.5 us less a call than five.
+Options = tuple[bool, float | None, float, str, float]
 
 # Looks at all tensors of a call at once; None where they have to be looked at in Python.
 ARGUMENTS: Any = None
@@ -59,12 +61,9 @@ class BatchNormAct(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str,
-        negative_slope: float,
+        options: Options,
     ) -> Tensor:
+        training, momentum, eps, activation, negative_slope = options
         if training:
             y, mean, invstd = torch.ops.deepops.batch_norm_act_train.default(
                 x,
@@ -91,7 +90,7 @@ class BatchNormAct(torch.autograd.Function):
         if residual is not None and activation != "identity":
             kept = y if derivative_from_output(activation, negative_slope) else residual
         ctx.save_for_backward(x, kept, weight, bias, mean, invstd)
-        ctx.options = (training, eps, activation, negative_slope, residual is not None)
+        ctx.options = options
         ctx.shift_dtype = None if shift is None else shift.dtype
         result: Tensor = y
         return result
@@ -99,7 +98,7 @@ class BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
         x, kept, weight, bias, mean, invstd = ctx.saved_tensors
-        training, _, activation, negative_slope, _ = ctx.options
+        training, _, _, activation, negative_slope = ctx.options
         need_x, need_residual, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(ctx, grad_y)
@@ -131,7 +130,7 @@ class BatchNormAct(torch.autograd.Function):
         )
 
 
-_NO_GRADS = (None,) * 8  # of statistics and settings
+_NO_GRADS = (None,) * 4  # of statistics and options
 
 
 def derivative_from_output(activation: str, negative_slope: float) -> bool:
@@ -146,9 +145,9 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
     the residual, the activation is a multiplication with its (piecewise constant) derivative.
     """
     x, kept, weight, bias, mean, invstd = ctx.saved_tensors
-    training, eps, activation, negative_slope, has_residual = ctx.options
+    training, _, eps, activation, negative_slope = ctx.options
     from_output = kept is not None and derivative_from_output(activation, negative_slope)
-    residual = kept if has_residual and not from_output else None
+    residual = None if from_output else kept
     variance = torch.zeros_like(mean) if training else invstd.double().pow(-2).to(mean.dtype) - eps
     z = reference.batch_norm_act(
         x,
@@ -173,7 +172,7 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
             derivative = derivative * (y < 6)
         z = z * derivative
         grad_residual = grad_y * derivative
-    elif has_residual and residual is None:  # identity
+    elif activation == "identity":  # which keeps no residual
         grad_residual = grad_y
     inputs = [x, residual, weight, bias]
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
