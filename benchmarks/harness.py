@@ -30,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 FLOOR = 0.95  # a case below this ratio loses against the baseline
 SAMPLE_SECONDS = 2e-3  # a sample repeats its callable until it lasts about this long: the clock costs nothing then
 OURS = "deepops"  # the provider that is judged
+FASTEST = "fastest"  # as a baseline: the fastest of the others
 COLUMNS = [
     *("bench", "group", "case", "provider", "baseline", "unit", "median", "p20", "p80", "rounds", "ratio", "goal"),
     *("limit", "deepops", "torch", "python", "cpu", "isa", "threads", "date"),
@@ -44,7 +45,8 @@ class Case:
         name: what is measured, e.g. ``"8x64x56x56"``; unique within its group.
         group: cases whose ratios are averaged (geometrically), e.g. ``"NCHW forward"``.
         providers: implementation -> callable without arguments. One of them is ``"deepops"``.
-        baseline: the provider that the others are compared with, or ``None`` when only ``limit`` applies.
+        baseline: the provider that the others are compared with, ``FASTEST`` for the fastest one beside deepops, or
+            ``None`` when only ``limit`` applies.
         goal: the ratio baseline / deepops that the group's geometric mean must reach.
         limit: the largest value allowed for deepops, in ``unit``.
         unit: ``"ms"`` or, for measured values, any other name. Smaller is better in every unit.
@@ -67,7 +69,7 @@ class Case:
     def __post_init__(self) -> None:
         """Reject a case that could not be judged."""
         for name in (OURS, self.baseline):
-            if name is not None and name not in self.providers:
+            if name not in (None, FASTEST) and name not in self.providers:
                 raise ValueError(f"providers: {sorted(self.providers)} lack {name!r}")
 
 
@@ -90,11 +92,18 @@ class Result:
     samples: Mapping[str, Sample]
     device: str = "cpu"
 
+    @property
+    def baseline(self) -> str | None:
+        """The provider that the others are compared with."""
+        if self.case.baseline != FASTEST:
+            return self.case.baseline
+        return min((name for name in self.samples if name != OURS), key=lambda name: self.samples[name].median)
+
     def ratio(self, provider: str) -> float | None:
         """How many times faster (or smaller) than the baseline: the ratio of the medians."""
-        if self.case.baseline is None:
+        if self.baseline is None:
             return None
-        return self.samples[self.case.baseline].median / self.samples[provider].median
+        return self.samples[self.baseline].median / self.samples[provider].median
 
 
 def summarise(values: Iterable[float]) -> Sample:
@@ -250,7 +259,7 @@ def rows(result: Result) -> Iterator[dict[str, object]]:
             "group": case.group,
             "case": case.name,
             "provider": provider,
-            "baseline": case.baseline or "",
+            "baseline": result.baseline or "",
             "unit": case.unit,
             "median": f"{sample.median:.6g}",
             "p20": f"{sample.p20:.6g}",

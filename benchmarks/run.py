@@ -36,7 +36,7 @@ def line(result: harness.Result) -> str:
     for provider, sample in result.samples.items():
         ratio = result.ratio(provider)
         text = f"{provider} {sample.median:.4g} ({sample.p20:.4g}..{sample.p80:.4g}) {result.case.unit}"
-        parts.append(text if ratio is None or provider == result.case.baseline else f"{text} {ratio:.2f}x")
+        parts.append(text if ratio is None or provider == result.baseline else f"{text} {ratio:.2f}x")
     return f"  {result.case.group:32} {result.case.name:24} {' | '.join(parts)}"
 
 

@@ -29,4 +29,14 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "adam(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1, float beta2, "
       "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay) -> ()");
+  // One torch.optim.SGD step. momentum_buffers is empty without momentum; a counter of 0 says that a buffer has nothing
+  // yet.
+  m.def(
+      "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] state_steps, *, float lr, "
+      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
+  // One torch.optim.RMSprop step. grad_avgs is empty unless centered, momentum_buffers without momentum.
+  m.def(
+      "rmsprop(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
+      "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, *, float lr, float alpha, float eps, "
+      "float weight_decay, float momentum, bool centered, bool maximize) -> ()");
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "batch_norm_act/arguments.h"
+#include "optim/backends.h"
 #include "optim/table.h"
 
 namespace py = pybind11;

@@ -82,9 +82,46 @@ def _adam(
     """It changes its arguments and returns nothing."""
 
 
+def _sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """It changes its arguments and returns nothing."""
+
+
+def _rmsprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+) -> None:
+    """It changes its arguments and returns nothing."""
+
+
 def register() -> None:
     """Register the functions above. Called once, after the ops were loaded."""
     torch.library.register_fake("deepops::batch_norm_act_train", _batch_norm_act_train)
     torch.library.register_fake("deepops::batch_norm_act_eval", _batch_norm_act_eval)
     torch.library.register_fake("deepops::batch_norm_act_backward", _batch_norm_act_backward)
     torch.library.register_fake("deepops::adam", _adam)
+    torch.library.register_fake("deepops::sgd", _sgd)
+    torch.library.register_fake("deepops::rmsprop", _rmsprop)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import adam_cases
 import backends
+import optim_cases
 import pytest
 import simt
 import torch
@@ -45,8 +45,8 @@ def on_simt(monkeypatch: pytest.MonkeyPatch) -> None:
 def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """``backend``, for optimizers: their steps on the SIMT executor take CPU tensors too."""
     if backend == "simt":
-        adam_cases.attach_simt()
-        monkeypatch.setattr(FusedStep, "_backend", adam_cases.SimtAdam._backend)
+        optim_cases.attach_simt()
+        monkeypatch.setattr(FusedStep, "_backend", optim_cases.SimtAdam._backend)
     return backend
 
 

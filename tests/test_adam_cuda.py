@@ -8,7 +8,7 @@ import copy
 import backends
 import pytest
 import torch
-from adam_cases import assert_same_bits, everything, give_grads, make, needs_kernel, states, train
+from optim_cases import assert_same_bits, everything, give_grads, make, needs_kernel, states, train
 
 from deepops.optim import Adam
 

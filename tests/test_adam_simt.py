@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import simt
 import torch
-from adam_cases import (
+from optim_cases import (
     DTYPES,
     OPTIONS,
     SHAPES,
@@ -103,7 +103,7 @@ def test_any_alignment(amsgrad, dtype):
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 2.0, 6.0, 999.0, 65_535.0, 2.0**24 - 2, 2.0**24, 2.5, 3e9, 1e20])
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.99, 1 - 1e-7)])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.99, 1 - 1e-7), (0.9995, 0.9999)])
 def test_bits_at_any_step(betas, step):
     """Powers of the betas: every bit of the counter, counters that have stopped, and ones that are not counts."""
     results = []
@@ -170,7 +170,7 @@ def test_memory_traffic(amsgrad, dtype):
     assert kernel.coalescing >= 0.99
     warps = kernel.blocks * kernel.threads // 32
     packs = compulsory // 16
-    assert kernel.lanes_of_width["16"] - packs in range(32 * 9 * warps + 1), "beyond the data: 9 packs of table a warp"
+    assert kernel.lanes_of_width["16"] - packs in range(32 * 10 * warps + 1), "beyond the data: 10 packs a warp"
     assert kernel.lanes_of_width["1"] == 0
     assert kernel.lanes_of_width["2"] == 0
     assert kernel.lanes_of_width["4"] <= 4 * warps, "step counters, arrivals"
@@ -207,7 +207,7 @@ def test_switching_between_backends_in_mid_training():
         give_grads(params, plain, seed=step)
         if step == 2:
             optimizer.__class__ = Adam
-            optimizer._plan = None
+            optimizer._plans = None
         optimizer.step()
         other.step()
     assert_same_bits(everything(optimizer, params), everything(other, plain))

@@ -43,6 +43,15 @@ def test_ratio_is_baseline_over_ours() -> None:
     assert result.ratio("torch") == 1
 
 
+def test_the_fastest_of_the_others_as_baseline() -> None:
+    values = {"slow": 9.0, "quick": 4.0, "deepops": 2.0}
+    providers = {name: (lambda value=value: value) for name, value in values.items()}
+    case = Case("c", "g", providers, baseline=harness.FASTEST, unit="n", measured=True, seconds=0)
+    (result,) = harness.run("b", [case])
+    assert (result.baseline, result.ratio("deepops"), result.ratio("slow")) == ("quick", 2, 4 / 9)
+    assert {row["baseline"] for row in harness.rows(result)} == {"quick"}
+
+
 @pytest.mark.parametrize("providers", [{"torch": lambda: 0}, {"deepops": lambda: 0}])
 def test_case_without_ours_or_baseline_is_refused(providers: dict) -> None:
     with pytest.raises(ValueError, match="lack"):

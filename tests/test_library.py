@@ -38,14 +38,18 @@ def missing(op: str) -> list[str]:
     stem = family(op)
     if not stem:
         return [f"csrc/<folder>/<family>_kernel_cpu.cpp whose name begins {op}"]
+    folder = next((ROOT / "csrc").glob(f"*/{stem}_kernel_cpu.cpp")).parent.name
     lacks = [] if has_kernel(op, "cpu") else ["a CPU kernel"]
     texts = [path.read_text() for path in (ROOT / "csrc").glob(f"*/{stem}_cuda.cu")]
     lacks += (
         [] if any(f'm.impl("{op}"' in text for text in texts) else [f"a CUDA kernel (csrc/<folder>/{stem}_cuda.cu)"]
     )
     lacks += [] if has_kernel(op, "meta") else ["a fake (torch.library.register_fake)"]
-    for pattern in (f"deepops/reference/{stem}.py", f"tests/test_{stem}*.py", f"benchmarks/bench_{stem}.py"):
-        lacks += [] if list(ROOT.glob(pattern)) else [pattern]
+    lacks += [] if (ROOT / f"deepops/reference/{stem}.py").exists() else [f"deepops/reference/{stem}.py"]
+    # The ops of one folder may share their tests and their benchmark.
+    for pattern in ("tests/test_{}*.py", "benchmarks/bench_{}.py"):
+        names = [pattern.format(name) for name in dict.fromkeys((stem, folder))]
+        lacks += [] if any(list(ROOT.glob(name)) for name in names) else [" or ".join(names)]
     if not any(re.search(rf"\b{op}\b", path.read_text()) for path in (ROOT / "tests").glob("*.py")):
         lacks.append("a test that names it")
     return lacks

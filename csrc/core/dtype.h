@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace deepops::core {
 
 enum class DataType : int { f32, f64, f16, bf16 };
@@ -26,7 +28,9 @@ struct OpMathOf<double> {
 template <class T>
 using OpMath = typename OpMathOf<T>::Type;
 
-inline constexpr int64_t size_of(DataType type) { return type == DataType::f64 ? 8 : type == DataType::f32 ? 4 : 2; }
+DEEPOPS_HD constexpr int64_t size_of(DataType type) {
+  return type == DataType::f64 ? 8 : type == DataType::f32 ? 4 : 2;
+}
 
 }  // namespace deepops::core
 

@@ -7,6 +7,9 @@
 //
 // Blocks and grids have one dimension. `Here` parameters are never given: they tell the executor where a call stands.
 #pragma once
+#define DEEPOPS_GPU
+#define DEEPOPS_ISA isa_gpu
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -15,9 +18,6 @@
 
 #include "core/allocate.h"
 #include "core/dtype.h"
-
-#define DEEPOPS_GPU
-#define DEEPOPS_ISA isa_gpu
 
 #ifdef DEEPOPS_SIMT
 #include <cmath>
@@ -65,6 +65,8 @@ template <class V>
 DEEPOPS_DEVICE void store(void* p, V value, Here) {
   *static_cast<V*>(p) = value;
 }
+// Of an int4 the compiler makes four stores, which it joins again unless it has moved some of them out of branches.
+DEEPOPS_DEVICE void store_whole(void* p, int4 value, Here) { __stwb(static_cast<int4*>(p), value); }
 }  // namespace detail
 using Bits16 = int4;  // 16 bytes that move at once
 
@@ -209,6 +211,9 @@ DEEPOPS_DEVICE void store(void* p, V value, Here here) {
 struct alignas(16) Bits16 {
   uint64_t low, high;
 };
+namespace detail {
+DEEPOPS_DEVICE void store_whole(void* p, Bits16 value, Here here) { store(p, value, here); }
+}  // namespace detail
 
 DEEPOPS_DEVICE void barrier(Here here = DEEPOPS_HERE) { ::simt::barrier(here); }
 DEEPOPS_DEVICE void warp_barrier(Here here = DEEPOPS_HERE) { ::simt::warp_barrier(here); }
@@ -320,6 +325,11 @@ DEEPOPS_DEVICE Pack<T> load_pack(const T* p, Here here = DEEPOPS_HERE) {
 template <class T>
 DEEPOPS_DEVICE void store_pack(T* p, const Pack<T>& pack, Here here = DEEPOPS_HERE) {
   detail::store<Bits16>(p, __builtin_bit_cast(Bits16, pack), here);
+}
+// The same for a condition that differs from lane to lane.
+template <class T>
+DEEPOPS_DEVICE void store_pack_if(bool condition, T* p, const Pack<T>& pack, Here here = DEEPOPS_HERE) {
+  if (condition) detail::store_whole(p, __builtin_bit_cast(Bits16, pack), here);
 }
 // What another block of this launch has written (it has passed last_block(), below). T: a built-in type.
 template <class T>

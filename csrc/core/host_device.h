@@ -1,4 +1,5 @@
-// DEEPOPS_HD: a function for host and device. DEEPOPS_LIBM(name): a function of the C library, on either.
+// DEEPOPS_HD: a function for host and device. DEEPOPS_LIBM(name): a function of the C library, on either. DEEPOPS_ISA:
+// the namespace of what is compiled more than once (cmake/CpuIsa.cmake; isa_gpu in gpu.cuh).
 #pragma once
 
 #ifdef __CUDACC__
@@ -7,4 +8,8 @@
 #else
 #define DEEPOPS_HD inline
 #define DEEPOPS_LIBM(name) __builtin_##name  // no std header: see core/dtype.h
+#endif
+
+#ifndef DEEPOPS_ISA
+#define DEEPOPS_ISA isa_generic
 #endif

@@ -210,13 +210,29 @@ inline void finish_streaming() {
 typedef uint16_t U16Part __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t U32Part __attribute__((vector_size(kVectorBytes)));
 
+// By hand for AVX-512, where GCC 12 takes apart one conversion into two halves and their shuffles.
+inline U32Part widen_bits(U16Part bits) {
+#if defined(__AVX512F__)
+  return (U32Part)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  return __builtin_convertvector(bits, U32Part);
+#endif
+}
+inline U16Part narrow_bits(U32Part bits) {
+#if defined(__AVX512F__)
+  return (U16Part)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, U16Part);
+#endif
+}
+
 inline Lanes<float> load_lanes(const core::BFloat16* p) {
   constexpr int kParts = Lanes<float>::kParts, kPerPart = Lanes<float>::kPerPart;
   Lanes<float> out;
   DEEPOPS_FOR_PARTS(k) {
     U16Part bits;
     __builtin_memcpy(&bits, p + k * kPerPart, sizeof bits);
-    out.part[k] = (Lanes<float>::Value)(__builtin_convertvector(bits, U32Part) << 16);
+    out.part[k] = (Lanes<float>::Value)(widen_bits(bits) << 16);
   }
   return out;
 }
@@ -224,7 +240,7 @@ inline Lanes<float> load_lanes(const core::BFloat16* p) {
 inline void store_lanes(core::BFloat16* p, const Lanes<float>& value) {
   constexpr int kParts = Lanes<float>::kParts, kPerPart = Lanes<float>::kPerPart;
   DEEPOPS_FOR_PARTS(k) {
-    const U16Part narrow = __builtin_convertvector(bfloat16_bits_of((U32Part)value.part[k]), U16Part);
+    const U16Part narrow = narrow_bits(bfloat16_bits_of((U32Part)value.part[k]));
     __builtin_memcpy(p + k * kPerPart, &narrow, sizeof narrow);
   }
 }

@@ -5,10 +5,6 @@
 
 #include "core/host_device.h"
 
-#ifndef DEEPOPS_ISA
-#define DEEPOPS_ISA isa_generic
-#endif
-
 namespace deepops::DEEPOPS_ISA {
 
 DEEPOPS_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }

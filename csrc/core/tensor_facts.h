@@ -30,12 +30,16 @@ struct TensorView {
   }
   void* begin() const { return static_cast<char*>(data) + byte_offset; }
 
-  bool same_kind(const TensorView& other) const {  // device, dtype and shape
+  bool is_complex() const { return type_code == 5; }  // kDLComplex
+  bool same_dtype(const TensorView& other) const {
+    return type_code == other.type_code && type_bits == other.type_bits;
+  }
+  bool same_place(const TensorView& other) const {  // device and shape
     return device_type == other.device_type && device_index == other.device_index && dims == other.dims &&
-           type_code == other.type_code && type_bits == other.type_bits &&
            std::memcmp(sizes, other.sizes, dims * sizeof(int64_t)) == 0;
   }
-  bool same_strides(const TensorView& other) const {  // same_kind() given
+  bool same_kind(const TensorView& other) const { return same_dtype(other) && same_place(other); }
+  bool same_strides(const TensorView& other) const {  // same_place() given
     for (int32_t d = 0; d < dims; ++d) {
       if (strides[d] != other.strides[d] && sizes[d] > 1) return false;
     }
@@ -77,12 +81,29 @@ class TensorReader {
 
 // kDLFloat = 2, kDLBfloat = 4. False: no dtype of the kernels.
 inline bool data_type(const TensorView& view, DataType& out) {
-  const int key = view.type_code * 256 + view.type_bits;
-  out = key == 2 * 256 + 32   ? DataType::f32
-        : key == 2 * 256 + 64 ? DataType::f64
-        : key == 2 * 256 + 16 ? DataType::f16
-                              : DataType::bf16;
-  return out != DataType::bf16 || key == 4 * 256 + 16;
+  switch (view.type_code * 256 + view.type_bits) {
+    case 2 * 256 + 32:
+      out = DataType::f32;
+      return true;
+    case 2 * 256 + 64:
+      out = DataType::f64;
+      return true;
+    case 2 * 256 + 16:
+      out = DataType::f16;
+      return true;
+    case 4 * 256 + 16:
+      out = DataType::bf16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The same of a real tensor, or of the real numbers of a complex one.
+inline bool part_type(const TensorView& view, DataType& out) {
+  if (!view.is_complex()) return data_type(view, out);
+  out = view.type_bits == 64 ? DataType::f32 : DataType::f64;
+  return view.type_bits == 64 || view.type_bits == 128;
 }
 
 }  // namespace deepops::core

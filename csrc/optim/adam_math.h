@@ -12,13 +12,11 @@
 // Only additions, multiplications, IEEE division and square root, never contracted: the same bits everywhere.
 #pragma once
 
-#include "core/math.h"
 #include "optim/adam.h"
+#include "optim/rule_math.h"
 
 namespace deepops::DEEPOPS_ISA {
 
-DEEPOPS_HD float square_root(float x) { return DEEPOPS_LIBM(sqrtf)(x); }
-DEEPOPS_HD double square_root(double x) { return DEEPOPS_LIBM(sqrt)(x); }
 DEEPOPS_HD float fused_multiply_add(float a, float b, float c) { return DEEPOPS_LIBM(fmaf)(a, b, c); }
 DEEPOPS_HD double fused_multiply_add(double a, double b, double c) { return DEEPOPS_LIBM(fma)(a, b, c); }
 
@@ -45,44 +43,6 @@ DEEPOPS_HD V divide(V x, const Divisor<T>& d) {
 #endif
 }
 
-// AdamScalars in the type the arithmetic is done in.
-template <class T>
-struct AdamFactors {
-  T sign, param_decay, grad_decay, lerp_weight, beta2, one_minus_beta2;
-  Divisor<T> bias2_sqrt;
-  T eps, minus_step_size;
-  bool lerp_from_grad;
-};
-
-template <class T>
-DEEPOPS_HD AdamFactors<T> rounded(const optim::AdamScalars& s) {
-  return {T(s.sign),
-          T(s.param_decay),
-          T(s.grad_decay),
-          T(s.lerp_weight),
-          T(s.beta2),
-          T(s.one_minus_beta2),
-          Divisor<T>(T(s.bias2_sqrt)),
-          T(s.eps),
-          T(s.minus_step_size),
-          s.lerp_from_grad};
-}
-
-// V: T, or 16 of them (Lanes<T>).
-template <bool kGradDecay, bool kAmsgrad, class V, class T>
-DEEPOPS_HD void adam_element(V& p, V g, V& m, V& v, V& v_max, const AdamFactors<T>& f) {
-  p = p * f.param_decay;
-  g = g * f.sign;
-  if (kGradDecay) g = g + f.grad_decay * p;
-  // lerp(m, g, w) as ATen has it: m + w (g - m) for w < 1/2, else g + (w - 1) (g - m), exact at both ends.
-  m = (f.lerp_from_grad ? g : m) + f.lerp_weight * (g - m);
-  v = v * f.beta2 + f.one_minus_beta2 * g * g;
-  // torch.maximum: a NaN in either, for which both comparisons are false, stays.
-  if (kAmsgrad) v_max = select(v_max < v, v, select(v <= v_max, v_max, v + v_max));
-  const V denominator = divide(square_root(kAmsgrad ? v_max : v), f.bias2_sqrt) + f.eps;
-  p = p + f.minus_step_size * m / denominator;
-}
-
 // beta^t is the product of factor(0) ... factor(31), always as this tree, of which a warp has one leaf per lane:
 //   for m = 16, 8, 4, 2, 1: v[k] = v[k] * v[k ^ m]
 // For t below 2^k the upper factors are 1, and a power of two is its table entry itself.
@@ -97,7 +57,7 @@ DEEPOPS_HD bool has_factor(uint32_t bits, int k) { return (bits >> k & 1u) != 0;
 
 // On one thread. powers: beta^(2^k).
 DEEPOPS_HD double power(const double* powers, float t) {
-  constexpr int kCount = optim::AdamGroup::kPowers;
+  constexpr int kCount = optim::Adam::Group::kPowers;
   const uint32_t bits = counter_bits(t);
   double v[kCount];
   for (int k = 0; k < kCount; ++k) v[k] = has_factor(bits, k) ? powers[k] : 1;
@@ -107,20 +67,68 @@ DEEPOPS_HD double power(const double* powers, float t) {
   return v[0];
 }
 
-// beta1_t, beta2_t: the betas to the power of the step that is being taken.
-DEEPOPS_HD optim::AdamScalars scalars_of(const optim::AdamHyper& h, double beta1_t, double beta2_t) {
-  optim::AdamScalars s;
-  s.sign = h.maximize != 0 ? -1 : 1;
-  s.param_decay = h.decoupled_weight_decay != 0 ? 1 - h.lr * h.weight_decay : 1;
-  s.grad_decay = h.decoupled_weight_decay != 0 ? 0 : h.weight_decay;
-  s.lerp_from_grad = 1 - h.beta1 >= 0.5;
-  s.lerp_weight = s.lerp_from_grad ? (1 - h.beta1) - 1 : 1 - h.beta1;
-  s.beta2 = h.beta2;
-  s.one_minus_beta2 = 1 - h.beta2;
-  s.bias2_sqrt = square_root(1 - beta2_t);
-  s.eps = h.eps;
-  s.minus_step_size = -(h.lr / (1 - beta1_t));
-  return s;
-}
+template <>
+struct Math<optim::Adam> {
+  using Scalars = optim::Adam::Scalars;
+
+  template <class T>
+  struct Factors {
+    T grad_factor, param_decay, grad_decay, lerp_weight, beta2, one_minus_beta2;
+    Divisor<T> bias2_sqrt;
+    T eps, minus_step_size;
+    bool decays_grad, lerp_from_grad;
+  };
+
+  template <class T>
+  DEEPOPS_HD static Factors<T> rounded(const Scalars& s) {
+    return {T(s.grad_factor),
+            T(s.param_decay),
+            T(s.grad_decay),
+            T(s.lerp_weight),
+            T(s.beta2),
+            T(s.one_minus_beta2),
+            Divisor<T>(T(s.bias2_sqrt)),
+            T(s.eps),
+            T(s.minus_step_size),
+            s.grad_decay != 0,
+            s.lerp_from_grad};
+  }
+
+  // V: T, or 16 of them (Lanes<T>). s: by Adam::State.
+  template <int kStates, class V, class T>
+  DEEPOPS_HD static void element(V& p, V g, V (&s)[3], const Factors<T>& f) {
+    constexpr bool kAmsgrad = (kStates >> optim::Adam::kMaxExpAvgSq & 1) != 0;
+    V &m = s[optim::Adam::kExpAvg], &v = s[optim::Adam::kExpAvgSq], &v_max = s[optim::Adam::kMaxExpAvgSq];
+    p = p * f.param_decay;
+    g = g * f.grad_factor;
+    if (f.decays_grad) g = g + f.grad_decay * p;
+    m = lerp(m, g, f.lerp_weight, f.lerp_from_grad);
+    v = v * f.beta2 + f.one_minus_beta2 * g * g;
+    // torch.maximum: a NaN in either, for which both comparisons are false, stays.
+    if (kAmsgrad) v_max = select(v_max < v, v, select(v <= v_max, v_max, v + v_max));
+    const V denominator = divide(square_root(kAmsgrad ? v_max : v), f.bias2_sqrt) + f.eps;
+    p = p + f.minus_step_size * m / denominator;
+  }
+
+  // beta1_t, beta2_t: the betas to the power of the step that is being taken. factor: of the gradients.
+  DEEPOPS_HD static Scalars scalars(const optim::Adam::Hyper& h, double beta1_t, double beta2_t, double factor) {
+    Scalars s;
+    s.grad_factor = h.maximize != 0 ? -factor : factor;
+    s.param_decay = h.decoupled_weight_decay != 0 ? 1 - h.lr * h.weight_decay : 1;
+    s.grad_decay = h.decoupled_weight_decay != 0 ? 0 : h.weight_decay;
+    s.lerp_from_grad = 1 - h.beta1 >= 0.5;
+    s.lerp_weight = s.lerp_from_grad ? (1 - h.beta1) - 1 : 1 - h.beta1;
+    s.beta2 = h.beta2;
+    s.one_minus_beta2 = 1 - h.beta2;
+    s.bias2_sqrt = square_root(1 - beta2_t);
+    s.eps = h.eps;
+    s.minus_step_size = -(h.lr / (1 - beta1_t));
+    return s;
+  }
+
+  DEEPOPS_HD static Scalars scalars(const optim::Adam::Group& group, float t, double factor) {
+    return scalars(group.hyper, power(group.beta1_powers, t), power(group.beta2_powers, t), factor);
+  }
+};
 
 }  // namespace deepops::DEEPOPS_ISA

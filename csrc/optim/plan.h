@@ -1,13 +1,11 @@
-// What all optimizers share: how the tensors of a step are divided into work items, and what a step is given.
+// How the tensors of an optimizer's step are divided into work items.
 // Knows nothing of torch, Python or a particular optimizer, so that it is tested alone (tests/test_plan.py).
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "core/host_device.h"
-#include "optim/row.h"
 
 namespace deepops::optim {
 
@@ -70,7 +68,13 @@ class ChunkPlan {
   ChunkPlan(const std::vector<int64_t>& sizes, int64_t chunk) : sizes_(sizes), chunk_(round_up(chunk)) {
     start_.reserve(sizes.size() + 1);
     start_.push_back(0);
-    for (const int64_t size : sizes) start_.push_back(start_.back() + (size > 0 ? round_up(size) + kOverhead : 0));
+    slot_.reserve(sizes.size() + 1);
+    slot_.push_back(0);
+    for (const int64_t size : sizes) {
+      const int64_t start = start_.back();
+      slot_.push_back(slot_.back() + (size > 0 ? (start + size - 1) / chunk_ - start / chunk_ + 1 : 0));
+      start_.push_back(start + (size > 0 ? round_up(size) + kOverhead : 0));
+    }
   }
 
   int64_t chunk() const { return chunk_; }
@@ -78,6 +82,14 @@ class ChunkPlan {
   const std::vector<int64_t>& sizes() const { return sizes_; }
   // Where each tensor begins in the index space, and where the last one ends: one number more than tensors.
   const std::vector<int64_t>& starts() const { return start_; }
+
+  // Stretches are numbered tensor by tensor, and in a tensor in order: places for what a pass finds, to be added up in
+  // an order that does not depend on who found it. Tensor i has slots [slots()[i], slots()[i + 1]).
+  const std::vector<int64_t>& slots() const { return slot_; }
+  // The slot of the stretch of `tensor` that begins at `begin`.
+  int64_t slot(int64_t tensor, int64_t begin) const {
+    return slot_[tensor] + (start_[tensor] + begin) / chunk_ - start_[tensor] / chunk_;
+  }
 
   // Calls body(tensor, begin, end) for every stretch of elements in items [first, last), in order, none empty, none
   // longer than chunk().
@@ -93,7 +105,7 @@ class ChunkPlan {
  private:
   static int64_t round_up(int64_t count) { return (std::max<int64_t>(count, 1) + kAlign - 1) / kAlign * kAlign; }
 
-  std::vector<int64_t> sizes_, start_;
+  std::vector<int64_t> sizes_, start_, slot_;
   int64_t chunk_ = kAlign;
 };
 
@@ -107,22 +119,5 @@ inline int64_t gpu_chunk(const std::vector<int64_t>& sizes) {
   for (const int64_t size : sizes) total += size;
   return std::clamp<int64_t>(total / 8192, 1024, 4096);
 }
-
-// What a step function keeps from one step to the next of the same table, e.g. its copy on the device.
-struct StepMemory {
-  virtual ~StepMemory() = default;
-};
-
-// What one step of any optimizer is given. hyper: one block of doubles per param group, laid out by the optimizer; all
-// zeros for a group that has no rows.
-struct StepCall {
-  const Row* rows;  // [row_count]
-  int64_t row_count;
-  const ChunkPlan* plan;  // over the rows; one that is not active has size 0 in it
-  const double* hyper;
-  int64_t group_count;
-  int32_t device_index;                 // of all tensors
-  std::unique_ptr<StepMemory>* memory;  // null: nothing is kept; empty at the first step of a table
-};
 
 }  // namespace deepops::optim

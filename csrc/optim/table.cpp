@@ -1,9 +1,8 @@
+// StepTable: what an optimizer's step needs of Python's objects, as raw pointers.
 #include "optim/table.h"
 
-#include <dlfcn.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,7 +11,7 @@
 #include <vector>
 
 #include "core/tensor_facts.h"
-#include "optim/plan.h"
+#include "optim/backends.h"
 
 namespace py = pybind11;
 
@@ -21,11 +20,6 @@ namespace {
 
 using core::TensorReader;
 using core::TensorView;
-
-using StepFunction = void (*)(const StepCall*);
-std::map<std::pair<std::string, std::string>, StepFunction> step_functions;  // by kernel and backend
-const char* const kKernels[] = {"adam"};
-const std::string kCpu = "cpu";
 
 // Everything a step needs that stays the same from one step to the next, and the check that it did.
 //
@@ -39,17 +33,20 @@ class StepTable {
   // kernel: "adam", ...; backend: which library takes the step ("cpu", "cuda", ...).
   // groups: the `params` list of each param group; state: the optimizer's whole state.
   // entries: for each parameter, in order, (parameter, group, own, names, tensors):
-  //   own      its dictionary in `state`, None: it has no state yet and waits for its first gradient
-  //   names    keys into `own`, the step counter first; None: not for the kernel
-  //   tensors  own[name] for each name; the parameter and these were found fit for the kernel, all are on one device
+  //   own      its dictionary in `state`; None: nothing of it is there
+  //   names    keys into `own` of the step counter, the states in the kernel's order and the master weights (kSlots in
+  //            all), None for what is not there or not in `own`; None: not for the kernel
+  //   tensors  likewise, the tensors; (): the parameter has no state yet and waits for its first gradient
+  // The parameter and these were found fit for the kernel, all are on one device.
+  // seed: of stochastic rounding; None: round to nearest.
   StepTable(const std::string& kernel, const std::string& backend, py::handle tensor_type, py::tuple groups,
-            py::dict state, py::tuple entries)
-      : reader_(tensor_type), grad_name_(PyUnicode_InternFromString("grad")), on_cpu_(backend == kCpu) {
-    const auto found = step_functions.find({kernel, backend});
-    if (found == step_functions.end()) {
-      throw std::invalid_argument("kernel: there is no '" + kernel + "' for '" + backend + "'");
-    }
-    run_ = found->second;
+            py::dict state, py::tuple entries, py::object seed)
+      : reader_(tensor_type),
+        grad_name_(PyUnicode_InternFromString("grad")),
+        backend_(backend),
+        run_(find_step(kernel, backend)),
+        grad_functions_(find_grad_functions(backend)) {
+    if (!seed.is_none()) rounding_ = {true, seed.cast<uint64_t>()};
     for (py::handle params : groups) {
       groups_.emplace_back();
       for (py::handle param : params) groups_.back().push_back(param.ptr());
@@ -105,23 +102,37 @@ class StepTable {
     if (!use(entry, grad.ptr())) throw std::invalid_argument("grad: does not have the layout of its parameter");
   }
 
-  // Takes the step. hyper: for each group a tuple of numbers, () for one that has nothing for the kernel. Returns the
+  // One pass over the gradients that collect() has found. Addresses on the rows' device: out: a GradNorm; grad_scale: a
+  // float; row_norms: a GradSquares per row; 0: none.
+  void norm(uintptr_t out, uintptr_t grad_scale, uintptr_t row_norms) {
+    StepCall step = call({});
+    step.scaling.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    py::gil_scoped_release release_gil;
+    grad_functions_.norm(&step, reinterpret_cast<GradNorm*>(out), reinterpret_cast<GradSquares*>(row_norms));
+  }
+
+  // Takes the step. hyper: for each group a tuple of numbers, () for one that has nothing for the kernel. scaling: the
+  // members of Scaling, pointers as addresses, or None. facts: address of a RowFacts per row, or 0. Returns the
   // parameters that were changed.
-  py::list run(py::tuple hyper) {
+  py::list run(py::tuple hyper, py::object scaling, uintptr_t facts) {
     const std::vector<double> numbers = hyper_blocks(hyper);
-    bool changed = false;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const int64_t size = rows_[i].active ? rows_[i].numel : 0;
-      changed |= sizes_[i] != size;
-      sizes_[i] = size;
+    StepCall step = call(numbers);
+    step.group_count = static_cast<int64_t>(hyper.size());
+    step.facts = reinterpret_cast<RowFacts*>(facts);
+    if (!scaling.is_none()) {
+      const auto [grad_scale, found_inf, norm, max_norm, skip_non_finite, write_grads] =
+          scaling.cast<std::tuple<uintptr_t, uintptr_t, uintptr_t, double, bool, bool>>();
+      step.scaling = {reinterpret_cast<const float*>(grad_scale),
+                      reinterpret_cast<const float*>(found_inf),
+                      reinterpret_cast<const GradNorm*>(norm),
+                      max_norm,
+                      skip_non_finite,
+                      write_grads};
+      if (write_grads) step.scaling.write_grads = !grads_overlap(rows_.data(), step.row_count);
     }
-    if (changed) make_plan();
-    const StepCall call = {rows_.data(),   static_cast<int64_t>(rows_.size()), &plan_,
-                           numbers.data(), static_cast<int64_t>(hyper.size()), device_index_,
-                           &memory_};
     {
       py::gil_scoped_release release_gil;
-      run_(&call);
+      run_(&step);
     }
     py::list params;
     for (const Entry& entry : entries_) {
@@ -131,13 +142,20 @@ class StepTable {
     return params;
   }
 
+  std::vector<size_t> entry_of_row() const {
+    std::vector<size_t> result(rows_.size());
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (entries_[i].row >= 0) result[entries_[i].row] = i;
+    }
+    return result;
+  }
+
  private:
   // A parameter, its step counter or a state tensor.
   struct Tracked {
     PyObject* tensor;
-    PyObject* name;    // its key in Entry::own; null: the parameter
-    const void* data;  // where its elements were
-    const void* near;  // an address within torch's own object: worth a prefetch, never read
+    PyObject* name;   // its key in Entry::own; null: it is not there
+    TensorView view;  // as it was; sizes and strides, within torch's own object, are worth a prefetch and never read
   };
 
   struct Entry {
@@ -146,11 +164,13 @@ class StepTable {
     PyObject* own = nullptr;  // its state dictionary
     int row = -1;             // -1: not for the kernel now
     bool waits = false;       // for its first gradient
-    size_t first = 0;         // in tracked_: the parameter, the step counter, the states
+    bool is_complex = false;
+    size_t first = 0;  // in tracked_: the parameter, the step counter, the states, the master weights
     size_t count = 0;
-    TensorView view = {};   // of the parameter; sizes and strides are not to be used
-    size_t dimensions = 0;  // in dimensions_: its sizes, then its strides
+    size_t dimensions = 0;  // in dimensions_: the parameter's sizes, then its strides
   };
+
+  static constexpr size_t kSlots = 2 + Row::kStates;  // the step counter, the states, the master weights
 
   void add(py::handle description) {
     const auto [param, group, own, names, tensors] =
@@ -158,19 +178,34 @@ class StepTable {
     Entry entry;
     entry.param = param.ptr();
     entry.type = Py_TYPE(param.ptr());
-    entry.waits = own.is_none() && !names.is_none();
-    if (!own.is_none() && !names.is_none()) {
-      entry.own = own.ptr();
+    entry.waits = tensors.empty() && !names.is_none();
+    if (!tensors.empty()) {
+      if (!own.is_none()) entry.own = own.ptr();
       entry.row = static_cast<int>(rows_.size());
       Row row;
       row.group = group;
+      row.number = static_cast<int32_t>(entries_.size());
       track(entry, row, names, tensors);
       rows_.push_back(row);
     }
     entries_.push_back(entry);
   }
 
-  void make_plan() { plan_ = ChunkPlan(sizes_, on_cpu_ ? kCpuChunk : gpu_chunk(sizes_)); }
+  void make_plan() { plan_ = plan_for(sizes_, backend_); }
+
+  StepCall call(const std::vector<double>& hyper) {
+    bool changed = false;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const int64_t size = rows_[i].active ? rows_[i].numel : 0;
+      changed |= sizes_[i] != size;
+      sizes_[i] = size;
+    }
+    if (changed) make_plan();
+    StepCall step = {rows_.data(), static_cast<int64_t>(rows_.size()), &plan_, hyper.data(), 0, device_index_,
+                     &memory_};
+    step.rounding = rounding_;
+    return step;
+  }
 
   // Blocks of equal size, one per group, zeros for ().
   static std::vector<double> hyper_blocks(py::tuple hyper) {
@@ -192,36 +227,48 @@ class StepTable {
   TensorView read(py::handle tensor, py::handle name) {
     TensorView view;
     if (!reader_.read(tensor.ptr(), view)) throw std::invalid_argument("tensors: no plain memory");
-    tracked_.push_back({tensor.ptr(), name.ptr(), view.begin(), view.sizes});
+    tracked_.push_back({tensor.ptr(), name.is_none() ? nullptr : name.ptr(), view});
     return view;
   }
 
   // Fills in what is known of the tensors of one entry.
   void track(Entry& entry, Row& row, py::tuple names, py::tuple tensors) {
     entry.first = tracked_.size();
-    entry.count = 1 + tensors.size();
-    const TensorView param = entry.view = read(entry.param, {});
-    if (!data_type(param, row.dtype) || !is_dense(param.dims, param.sizes, param.strides)) {
+    const TensorView param = read(entry.param, py::none());
+    if (!part_type(param, row.dtype) || !is_dense(param.dims, param.sizes, param.strides)) {
       throw std::invalid_argument("tensors: the parameter has a dtype or strides the kernels do not take");
+    }
+    if (names.size() != kSlots || tensors.size() != kSlots) {
+      throw std::invalid_argument("tensors: expected a step counter, 3 states and master weights, None for none");
     }
     entry.dimensions = dimensions_.size();
     dimensions_.insert(dimensions_.end(), param.sizes, param.sizes + param.dims);
     dimensions_.insert(dimensions_.end(), param.strides, param.strides + param.dims);
-    if (tracked_.size() == 1) device_index_ = param.device_index;
+    if (rows_.empty()) device_index_ = param.device_index;
+    entry.is_complex = param.is_complex();
     row.param = param.begin();
-    row.numel = param.numel();
+    row.numel = param.numel() * (entry.is_complex ? 2 : 1);
     row.step = static_cast<float*>(read(tensors[0], names[0]).begin());
-    for (size_t i = 1; i < tensors.size(); ++i) {
+    row.state_dtype = row.dtype;
+    for (size_t i = 1; i < kSlots; ++i) {
+      if (tensors[i].is_none()) continue;
       const TensorView view = read(tensors[i], names[i]);
-      if (!view.same_kind(param) || !view.same_strides(param)) {
+      if (!view.same_place(param) || !view.same_strides(param)) {
         throw std::invalid_argument("tensors: a state differs from its parameter");
       }
-      row.state[i - 1] = view.begin();
+      if (i < kSlots - 1) {
+        row.state[i - 1] = view.begin();
+        if (!part_type(view, row.state_dtype)) throw std::invalid_argument("tensors: dtype of a state");
+      } else {
+        row.master = view.begin();
+        row.master_kind = view.type_bits == 32 ? Master::full : Master::low_half;
+      }
     }
+    entry.count = tracked_.size() - entry.first;
   }
 
   TensorView param_view(const Entry& entry) const {
-    TensorView view = entry.view;
+    TensorView view = tracked_[entry.first].view;
     view.sizes = dimensions_.data() + entry.dimensions;
     view.strides = view.sizes + view.dims;
     return view;
@@ -233,7 +280,7 @@ class StepTable {
     __builtin_prefetch(entry.own);
     for (size_t i = entry.first; i < entry.first + entry.count; ++i) {
       __builtin_prefetch(tracked_[i].tensor);
-      const char* near = static_cast<const char*>(tracked_[i].near);
+      const char* near = reinterpret_cast<const char*>(tracked_[i].view.sizes);
       __builtin_prefetch(near - 64);
       __builtin_prefetch(near);
       __builtin_prefetch(near + 64);
@@ -270,9 +317,9 @@ class StepTable {
       const Tracked& known = tracked_[i];
       TensorView view;
       if (known.name && PyDict_GetItemWithError(entry.own, known.name) != known.tensor) return false;
-      if (!reader_.read(known.tensor, view) || view.begin() != known.data) return false;
+      if (!reader_.read(known.tensor, view) || view.begin() != known.view.begin()) return false;
       const bool step = i == entry.first + 1;  // on memory of our own, all else cannot change
-      if (!step && (!view.same_kind(param) || !view.same_strides(param))) return false;
+      if (!step && (!view.same_place(param) || !view.same_dtype(known.view) || !view.same_strides(param))) return false;
     }
     return true;
   }
@@ -288,6 +335,11 @@ class StepTable {
     if (row.numel > 0 && (!view.data || view.begin() == row.param)) return false;
     // A lazily negated tensor (the imaginary part of a conjugate) has strides of 2: only one element can hide that.
     if (row.numel == 1 && py::handle(grad).attr("is_neg")().cast<bool>()) return false;
+    if (entry.is_complex) {  // a lazily conjugated one looks like any other
+      for (const char* lazy : {"is_conj", "is_neg"}) {
+        if (py::handle(grad).attr(lazy)().cast<bool>()) return false;
+      }
+    }
     row.grad = view.begin();
     row.active = true;
     return true;
@@ -302,8 +354,10 @@ class StepTable {
 
   TensorReader reader_;
   PyObject* grad_name_;
+  std::string backend_;
   StepFunction run_;
-  bool on_cpu_;
+  GradFunctions grad_functions_;
+  Rounding rounding_ = {};
   int32_t device_index_ = 0;
   std::unique_ptr<StepMemory> memory_;  // what run_ keeps
   std::vector<std::vector<PyObject*>> groups_;
@@ -317,55 +371,19 @@ class StepTable {
   ChunkPlan plan_;
 };
 
-using Stretch = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-
-std::vector<Stretch> stretches(const ChunkPlan& plan, int64_t first, int64_t last) {
-  std::vector<Stretch> result;
-  for (int64_t item = first; item < last; ++item) {
-    plan.for_each(item, item + 1,
-                  [&](int64_t tensor, int64_t begin, int64_t end) { result.emplace_back(item, tensor, begin, end); });
-  }
-  return result;
-}
-
 }  // namespace
 
-void attach(void* library, const std::string& backend) {
-  for (const std::string kernel : kKernels) {
-    const std::string symbol = "deepops_" + kernel + (backend == kCpu ? "_step" : "_step_cuda");
-    const auto function = reinterpret_cast<StepFunction>(dlsym(library, symbol.c_str()));
-    if (!function) throw std::runtime_error("the library for '" + backend + "' lacks the symbol " + symbol);
-    step_functions[{kernel, backend}] = function;
-  }
-}
-
-void bind(py::module_& m) {
-  m.def(
-      "is_dense",
-      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-        return is_dense(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
-      },
-      py::arg("sizes"), py::arg("strides"), "Whether a tensor fills its memory without gaps or overlaps.");
-  m.def(
-      "has_step",
-      [](const std::string& kernel, const std::string& backend) {
-        return step_functions.count({kernel, backend}) != 0;
-      },
-      py::arg("kernel"), py::arg("backend"), "Whether a loaded library takes the steps of this kernel.");
-  py::class_<ChunkPlan>(m, "ChunkPlan",
-                        "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
-      .def(py::init<const std::vector<int64_t>&, int64_t>(), py::arg("sizes"), py::arg("chunk") = kCpuChunk)
-      .def_property_readonly("chunk", &ChunkPlan::chunk)
-      .def_property_readonly("items", &ChunkPlan::items)
-      .def("stretches", &stretches, py::arg("first"), py::arg("last"),
-           "(item, tensor, begin, end) for every stretch of elements in items [first, last).");
+void bind_step_table(py::module_& m) {
   py::class_<StepTable>(m, "StepTable", "The tensors of an optimizer's step (csrc/optim/table.cpp).")
-      .def(py::init<const std::string&, const std::string&, py::handle, py::tuple, py::dict, py::tuple>(),
+      .def(py::init<const std::string&, const std::string&, py::handle, py::tuple, py::dict, py::tuple, py::object>(),
            py::arg("kernel"), py::arg("backend"), py::arg("tensor_type"), py::arg("groups"), py::arg("state"),
-           py::arg("entries"))
+           py::arg("entries"), py::arg("seed") = py::none())
+      .def_property_readonly("rows", &StepTable::entry_of_row,
+                             "The entry of each row, in the order of facts and norms.")
       .def("collect", &StepTable::collect, py::arg("groups"), py::arg("state"))
       .def("set_grad", &StepTable::set_grad, py::arg("index"), py::arg("grad"))
-      .def("run", &StepTable::run, py::arg("hyper"));
+      .def("norm", &StepTable::norm, py::arg("out"), py::arg("grad_scale") = 0, py::arg("row_norms") = 0)
+      .def("run", &StepTable::run, py::arg("hyper"), py::arg("scaling") = py::none(), py::arg("facts") = 0);
 }
 
 }  // namespace deepops::optim

@@ -25,24 +25,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _integer(minimum: int, maximum: int = 2**31 - 1) -> type[int]:
-    """An argparse type: an integer within [minimum, maximum]."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {minimum} to {maximum}")
-        return value
-
-    return parse  # type: ignore[return-value]  # argparse calls it; only the annotation of `type=` wants a class
-
-
 def _parser() -> argparse.ArgumentParser:
     from deepops import __version__
-    from deepops.cli.models import MODELS, OPTIMIZERS
+    from deepops.cli.train_options import Help, add_train_options
 
     parser = _Parser(prog="deepops", description="Fused training layers and optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"deepops {__version__}")
@@ -50,29 +35,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a model twice, with stock PyTorch and with deepops, and show what was gained",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train a model twice, with stock PyTorch and with deepops, and show what was gained; or compare "
+        "optimizers, or plot the gradients of every layer",
+        formatter_class=Help,
     )
-    train.add_argument("--model", default="cnn", choices=MODELS, help="what to train")
-    train.add_argument(
-        "--data",
-        default="digits",
-        metavar="digits|synthetic|PATH",
-        help="scikit-learn's handwritten digits, random images, or MNIST-format IDX files (a folder, or a prefix of "
-        "their paths), gzipped or not",
-    )
-    train.add_argument("--epochs", type=_integer(1), default=5, help="passes over the training images")
-    train.add_argument("--batch-size", type=_integer(1), default=32, help="images per step")
-    train.add_argument("--optimizer", default="adam", choices=OPTIMIZERS, help="which optimizer")
-    train.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="bf16, fp16: autocast (mixed precision)"
-    )
-    train.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
-    train.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0, help="split, weights, batches and dropout")
-    train.add_argument(
-        "--compare", action=argparse.BooleanOptionalAction, default=True, help="train stock PyTorch beside deepops"
-    )
-    train.add_argument("--out", metavar="DIR", help="where to write the results (default: runs/MODEL-DATA)")
+    add_train_options(train)
 
     info = commands.add_parser("info", help="what was built, what runs here, and what is missing and why")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -82,6 +49,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    from deepops.cli.train_options import complete, kind_of
+
+    complete(arguments)
+    kind = kind_of(arguments)
+    if kind == "compare_optimizers":
+        from deepops.cli.compare_optimizers import run_compare_optimizers
+
+        return run_compare_optimizers(arguments)
+    if kind == "gradient_flow":
+        from deepops.cli.gradient_flow import run_gradient_flow
+
+        return run_gradient_flow(arguments)
+    from deepops.cli.train import run_train
+
+    return run_train(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: ``sys.argv[1:]``) and return its exit code."""
     command = "deepops"
@@ -89,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         command = f"deepops {arguments.command}"
         if arguments.command == "train":
-            from deepops.cli.train import run_train
-
-            return run_train(arguments)
+            return _train(arguments)
         if arguments.command == "info":
             from deepops.cli.info import run_info
 

@@ -201,29 +201,48 @@ def _conv_step(
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), **statistics, "y_eval": y_eval}
 
 
-# ---- adam ------------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 _SIZES = (1, 7, 64, 1000, 4097)
-_ADAM_OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"weight_decay": 0.1},
-    {"amsgrad": True},
-    {"maximize": True, "betas": (0.8, 0.95)},
-)
+_OPTIMIZER_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "Adam": ({}, {"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True, "betas": (0.8, 0.95)}),
+    "AdamW": ({}, {"weight_decay": 0.1, "amsgrad": True}),
+    "SGD": ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"maximize": True}),
+    "RMSprop": ({}, {"momentum": 0.9}, {"centered": True}, {"weight_decay": 0.1, "maximize": True, "alpha": 0.9}),
+}
 
 
-def check_adam(setting: Setting) -> Iterator[Comparison]:
-    """Three steps of Adam on tensors of several sizes; all of them are compared as one vector."""
-    for options in _ADAM_OPTIONS:
+def check_optimizer(name: str) -> Callable[[Setting], Iterator[Comparison]]:
+    """Three steps on tensors of several sizes; all of them are compared as one vector. ``name``: the class."""
+
+    def compare(setting: Setting) -> Iterator[Comparison]:
+        ours, stock = getattr(deepops.optim, name), getattr(torch.optim, name)
+        for options in _OPTIMIZER_OPTIONS[name]:
+            generator = torch.Generator().manual_seed(0)
+            start = [setting.tensor(size, generator=generator) for size in _SIZES]
+            gradients = [[_away_from_zero(setting, size, generator) for size in _SIZES] for _ in range(3)]
+            actual = _train(ours, start, gradients, options)
+            plain = _train(stock, start, gradients, {**options, "foreach": False})
+            oracle = _train(stock, to_double(start), to_double(gradients), {**options, "foreach": False})
+            case = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+            for output in oracle:
+                yield Comparison(case, output, actual[output], plain[output], oracle[output])
+
+    return compare
+
+
+def check_master_weights(setting: Setting) -> Iterator[Comparison]:
+    """Parameters of 16 bits with master weights are a float32 run, rounded: nothing but that rounding is allowed."""
+    for master in (True, "split"):
         generator = torch.Generator().manual_seed(0)
         start = [setting.tensor(size, generator=generator) for size in _SIZES]
         gradients = [[_away_from_zero(setting, size, generator) for size in _SIZES] for _ in range(3)]
-        actual = _adam(deepops.optim.Adam, start, gradients, options)
-        stock = _adam(torch.optim.Adam, start, gradients, {**options, "foreach": False})
-        oracle = _adam(torch.optim.Adam, to_double(start), to_double(gradients), {**options, "foreach": False})
-        name = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+        wide = [[gradient.float() for gradient in step] for step in gradients]
+        actual = _train(deepops.optim.AdamW, start, gradients, {"master_weights": master})
+        stock = _train(torch.optim.AdamW, [value.float() for value in start], wide, {"foreach": False})
+        oracle = _train(torch.optim.AdamW, to_double(start), to_double(gradients), {"foreach": False})
         for output in oracle:
-            yield Comparison(name, output, actual[output], stock[output], oracle[output])
+            yield Comparison(f"master_weights={master}", output, actual[output], stock[output], oracle[output])
 
 
 def _away_from_zero(setting: Setting, size: int, generator: torch.Generator) -> Tensor:
@@ -232,18 +251,18 @@ def _away_from_zero(setting: Setting, size: int, generator: torch.Generator) -> 
     return gradient + torch.where(gradient < 0, -0.5, 0.5).to(gradient.dtype)
 
 
-def _adam(
+def _train(
     make: Callable[..., Optimizer], start: list[Tensor], gradients: list[list[Tensor]], options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Parameters and moments after one step per entry of ``gradients``."""
+    """Parameters and states after one step per entry of ``gradients``."""
     parameters = [nn.Parameter(value.clone()) for value in start]
     optimizer = make(parameters, lr=0.01, **options)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
         optimizer.step()
-    moments = [name for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in optimizer.state[parameters[0]]]
-    results = {name: torch.cat([optimizer.state[p][name] for p in parameters]) for name in moments}
+    names = [name for name in optimizer.state[parameters[0]] if name != "step"]
+    results = {name: torch.cat([optimizer.state[p][name] for p in parameters]) for name in names}
     return {"parameters": torch.cat([p.detach() for p in parameters]), **results}
 
 
@@ -251,5 +270,9 @@ CHECKS: tuple[OpCheck, ...] = (
     OpCheck("batch_norm_act train", "batch_norm_act_train", check_batch_norm_act(training=True)),
     OpCheck("batch_norm_act eval", "batch_norm_act_eval", check_batch_norm_act(training=False)),
     OpCheck("conv_bn_act", "batch_norm_act_train", check_conv_bn_act),
-    OpCheck("adam", "adam", check_adam, layouts=("contiguous",)),
+    OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),
+    OpCheck("adamw", "adam", check_optimizer("AdamW"), layouts=("contiguous",)),
+    OpCheck("sgd", "sgd", check_optimizer("SGD"), layouts=("contiguous",)),
+    OpCheck("rmsprop", "rmsprop", check_optimizer("RMSprop"), layouts=("contiguous",)),
+    OpCheck("master weights", "adam", check_master_weights, (torch.bfloat16, torch.float16), ("contiguous",)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +45,19 @@ def load_data(source: str, seed: int) -> ImageData:
     if source == "synthetic":
         return _synthetic(seed)
     return _idx(source)
+
+
+def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
+    """``data`` with this part of the training labels wrong: another class at random, every other one equally likely.
+
+    For one seed the labels that are wrong at a smaller fraction are wrong at a larger one too, in the same way.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = data.train_labels.clone()
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, CLASSES, labels.shape, generator=generator)
+    labels[chosen] = (labels[chosen] + shift[chosen]) % CLASSES
+    return replace(data, train_labels=labels)
 
 
 def _resized(images: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 import deepops.nn
 import deepops.nn.convert
@@ -74,10 +75,10 @@ class OptimizerPair:
     deepops: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, side: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of one side ("stock" or "deepops")."""
+    def build(self, side: str, parameters: ParamsT, **options: Any) -> torch.optim.Optimizer:
+        """The optimizer of one side ("stock" or "deepops"); ``options`` go before those of the pair."""
         make = self.stock if side == "stock" else self.deepops
-        return make(parameters, **self.options)
+        return make(parameters, **{**self.options, **options})
 
 
 # A later model or optimizer is one more line here.
@@ -90,6 +91,8 @@ MODELS = {
 }
 OPTIMIZERS = {
     "adam": OptimizerPair(torch.optim.Adam, deepops.optim.Adam, {"lr": 1e-3, "weight_decay": 1e-4}),
+    "rmsprop": OptimizerPair(torch.optim.RMSprop, deepops.optim.RMSprop, {"lr": 1e-3, "weight_decay": 1e-4}),
+    "sgd": OptimizerPair(torch.optim.SGD, deepops.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "weight_decay": 1e-4}),
 }
 
 

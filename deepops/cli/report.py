@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import torch
 
 from deepops import __version__
 from deepops._library import _C
+from deepops.cli.data import ImageData
 from deepops.cli.errors import UserError, first_line
 from deepops.cli.models import MODELS, stock_state_dict
 from deepops.cli.side import WARM_UP, Side
@@ -103,7 +106,7 @@ def write_results(session: Session, out: Path) -> None:
     from rich.console import Console
 
     try:
-        (out / "report.json").write_text(json.dumps(_finite(build_report(session)), indent=1, allow_nan=False) + "\n")
+        (out / "report.json").write_text(json.dumps(finite(build_report(session)), indent=1, allow_nan=False) + "\n")
         draw_plot(session, out / "plot.png")
         model = session.sides["deepops"].model
         torch.save(stock_state_dict(session.arguments.model, model), out / "model.pt")
@@ -114,17 +117,11 @@ def write_results(session: Session, out: Path) -> None:
 
 def build_report(session: Session) -> dict[str, Any]:
     """Everything report.json holds; numbers that are not finite become null there."""
-    data = session.data
     return {
         "format": FORMAT,
         "config": {**_config(session), "device": str(session.device)},
         "environment": environment(),
-        "data": {
-            "name": data.name,
-            "train_images": len(data.train_images),
-            "test_images": len(data.test_images),
-            "note": data.note,
-        },
+        "data": describe(session.data),
         "interrupted": session.interrupted,
         "epochs": {name: [asdict(epoch) for epoch in side.epochs] for name, side in session.sides.items()},
         "steps": {
@@ -140,6 +137,16 @@ def _config(session: Session) -> dict[str, Any]:
     return {name: getattr(session.arguments, name) for name in names}
 
 
+def describe(data: ImageData) -> dict[str, Any]:
+    """What was trained on."""
+    return {
+        "name": data.name,
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "note": data.note,
+    }
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as they explain a measured time."""
     return {
@@ -153,12 +160,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows that have the same keys; there is at least one."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def finite(value: Any) -> Any:
     """``value`` with None for every number that JSON cannot hold (NaN and the infinities)."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -106,7 +106,7 @@ class Side:
 
     def median_step(self) -> float:
         """Median seconds per training step, warm-up left out where there were more steps than that."""
-        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+        return median_after_warm_up(self.seconds)
 
     def _autocast(self) -> torch.autocast:
         if self.precision == "fp32":
@@ -131,6 +131,11 @@ class Side:
         torch.set_rng_state(states[0])
         if self.device.type != "cpu":
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+
+
+def median_after_warm_up(seconds: list[float]) -> float:
+    """Of the times of all steps, the first ones left out where there are more."""
+    return statistics.median(seconds[WARM_UP:] or seconds)
 
 
 class SavedBytes:

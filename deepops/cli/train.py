@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,9 +24,6 @@ from deepops.cli.data import ImageData, load_data
 from deepops.cli.errors import UserError, first_line, require
 from deepops.cli.models import OPTIMIZERS, build_pair
 from deepops.cli.side import Side
-
-if TYPE_CHECKING:
-    from deepops.cli.progress import Progress
 
 INTERRUPTED = 130
 
@@ -42,6 +39,19 @@ class Session:
     interrupted: bool = False
 
 
+class Listener(Protocol):
+    """Who is told how the training goes."""
+
+    def start_epoch(self, epoch: int, steps: int) -> None:
+        """Epoch ``epoch`` (from 1) of ``steps`` steps begins."""
+
+    def advance(self) -> None:
+        """All sides made one more step."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Epoch ``epoch`` is over, or was cut short."""
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     """Train, print and write the results; 0, or 130 when Ctrl-C ended the training early.
 
@@ -54,7 +64,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     device = find_device(arguments.device)
     data = load_data(arguments.data, arguments.seed)
-    out = _output_folder(arguments, data)
+    out = output_folder(arguments, data)
     session = prepare(arguments, device, data)
     with stop_on_interrupt() as stop, Progress(session) as progress:
         session.interrupted = not train(session, progress, stop)
@@ -77,7 +87,8 @@ def find_device(name: str) -> torch.device:
     raise UserError(f"--device {name}: not available here: {reason}")
 
 
-def _output_folder(arguments: argparse.Namespace, data: ImageData) -> Path:
+def output_folder(arguments: argparse.Namespace, data: ImageData) -> Path:
+    """The folder for the results, made and found to be writable."""
     out = Path(arguments.out or f"runs/{arguments.model}-{data.name}").expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +113,7 @@ def prepare(arguments: argparse.Namespace, device: torch.device, data: ImageData
     return Session(arguments, device, data, sides)
 
 
-def train(session: Session, progress: Progress, stop: threading.Event) -> bool:
+def train(session: Session, listener: Listener, stop: threading.Event) -> bool:
     """All epochs of all sides; False when ``stop`` was set before the end.
 
     A step is never cut in two, and an epoch cut short is still evaluated: the results belong to the model as saved.
@@ -115,17 +126,17 @@ def train(session: Session, progress: Progress, stop: threading.Event) -> bool:
         generator=torch.Generator().manual_seed(arguments.seed),
     )
     for epoch in range(1, arguments.epochs + 1):
-        progress.start_epoch(epoch, len(batches))
+        listener.start_epoch(epoch, len(batches))
         for index, (images, targets) in enumerate(batches):
             order = list(session.sides) if index % 2 == 0 else list(reversed(session.sides))
             for name in order:
                 session.sides[name].step(images, targets)
-            progress.advance()
+            listener.advance()
             if stop.is_set():
                 break
         for side in session.sides.values():
             side.end_epoch(data.test_images, data.test_labels)
-        progress.end_epoch(epoch)
+        listener.end_epoch(epoch)
         if stop.is_set():
             return False
     return True

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import adam_cases
 import backends
 import bn_cases
+import optim_cases
+import step_cases
+from step_cases import BF16, F16, F32, F64
 
 import deepops.functional  # loads the CPU ops
 
@@ -53,30 +55,73 @@ def compare(case: bn_cases.Case, training: bool) -> None:
 
 def adam() -> int:
     """Steps of tensors of one, of many and of no work items, aligned and askew, all dtypes in one launch."""
-    options = adam_cases.OPTIONS[:4]
+    options = optim_cases.OPTIONS[:4]
     results = []
-    for cls in (adam_cases.Adam, adam_cases.SimtAdam):
+    for cls in (optim_cases.Adam, optim_cases.SimtAdam):
         groups = []
-        for dtype in adam_cases.DTYPES:
+        for dtype in optim_cases.DTYPES:
             for given in options:
-                params = adam_cases.make([(3, 5), (0,), (2500,), ()], dtype)
-                base = adam_cases.make([(1100,)], dtype)[0].detach()
+                params = optim_cases.make([(3, 5), (0,), (2500,), ()], dtype)
+                base = optim_cases.make([(1100,)], dtype)[0].detach()
                 params.append(torch.nn.Parameter(base[3:]))
                 groups.append({"params": params, **given})
         optimizer = cls(groups)
         params = [p for group in groups for p in group["params"]]
-        adam_cases.train(optimizer, params, 3)
+        optim_cases.train(optimizer, params, 3)
         results.append([*params, *(t for p in params for t in optimizer.state[p].values())])
-    adam_cases.assert_same_bits(*results)
+    optim_cases.assert_same_bits(*results)
     return len(results[0])
+
+
+def optimizers() -> int:
+    """A clipped step of every rule, set of states and dtype; one that tells facts of all rows; a skipped one."""
+    kinds = [{"dtype": dtype} for dtype in step_cases.DTYPES]
+    kinds += [{"dtype": F16, "state_dtype": F32, "master": "full"}, {"dtype": BF16, "master": "low_half", "offset": 1}]
+    kinds += [{"dtype": F32, "state_dtype": BF16, "odd": 1}]
+    count = 0
+    for rule, hyper in step_cases.HYPER.items():
+        shapes = [(2500,), (0,), (70,)]
+        specs = [
+            step_cases.Spec(shape, group=(shape[0] + k) % len(hyper), **kind)
+            for shape in shapes
+            for k, kind in enumerate(kinds)
+        ]
+        results = []
+        for backend in ("cpu", "simt"):
+            rows = step_cases.Rows(backend, rule, specs, hyper, seed=1)
+            rows.give_grads()
+            norm = rows.norm(rows=True)
+            assert norm.non_finite == 0
+            rows.step(step_cases.Options(norm=norm.raw, max_norm=1e9, skip_non_finite=True))
+            rows.step(step_cases.Options(facts=True, write_grads=True))
+            rows.step(step_cases.Options(facts=True, found_inf=torch.tensor(1.0)))
+            results.append((rows.everything(), rows.facts))
+        step_cases.assert_same_bits(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=0)
+        count += len(specs)
+    return count
+
+
+def clip() -> int:
+    """Of gradients of all dtypes, which the norm asks for."""
+    from deepops._library import _C
+
+    grads = [torch.ones(count + 1, dtype=dtype)[1:] for dtype in step_cases.DTYPES for count in (3, 0, 1100)]
+    norm = torch.zeros(3, dtype=F64)
+    listed = _C.GradList("simt", torch.Tensor, grads)
+    listed.norm(norm.data_ptr())
+    listed.clip(norm.data_ptr(), 1.0)
+    listed.norm(norm.data_ptr())
+    assert abs(float(norm.view(F32)[4]) - 1) < 0.01
+    return len(grads)
 
 
 def main() -> None:
     assert deepops.functional
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    adam_cases.attach_simt()
-    for cases in (adam, batch_norm_act):
+    optim_cases.attach_simt()
+    for cases in (adam, optimizers, clip, batch_norm_act):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested

@@ -1,18 +1,28 @@
-"""What torch's optimizers do around a step, and Adam too: closures, hooks, zero_grad, autograd, scaler, compiler."""
+"""What torch's optimizers do around a step, and ours too: closures, hooks, zero_grad, autograd, scaler, compiler."""
 
 import backends
 import pytest
 import torch
-from adam_cases import assert_alike, assert_same_bits, both, everything, give_grads, make, on_every_backend, step_both
-
-from deepops.optim import Adam
+from optim_cases import (
+    KINDS,
+    assert_alike,
+    assert_same_bits,
+    both,
+    each_kind,
+    everything,
+    give_grads,
+    make,
+    on_every_backend,
+    step_both,
+)
 
 pytestmark = on_every_backend
 
 
-def test_closure_hooks_and_profiler():
+@each_kind
+def test_closure_hooks_and_profiler(kind):
     params = make([(4,)])
-    optimizer = Adam(params)
+    optimizer = kind.ours(params)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
     optimizer.register_step_post_hook(lambda *_: seen.append("post"))
@@ -25,17 +35,18 @@ def test_closure_hooks_and_profiler():
         loss.backward()
         return loss
 
-    torch.optim.Adam(make())  # torch patches the step of the class of the first instance of each
+    kind.torchs(make())  # torch patches the step of the class of the first instance of each
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss = optimizer.step(closure)
     assert seen == ["pre", "closure", "post"]
     assert loss.requires_grad
-    assert "Optimizer.step#Adam.step" in {event.key for event in profile.key_averages()}
+    assert f"Optimizer.step#{kind}.step" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(set_to_none):
-    ours, stock, a, b = both()
+@each_kind
+def test_zero_grad(kind, set_to_none):
+    ours, stock, a, b = both(kind, kind.rich)
     for seed in range(3):
         for optimizer in (a, b):
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -46,9 +57,10 @@ def test_zero_grad(set_to_none):
     assert_alike(ours, stock, a, b)
 
 
-def test_written_parameters_have_a_new_version():
+@each_kind
+def test_written_parameters_have_a_new_version(kind):
     params = make()
-    optimizer = Adam(params)
+    optimizer = kind.ours(params)
     give_grads(params)
     params[0].grad = None
     before = [p._version for p in params]
@@ -57,9 +69,10 @@ def test_written_parameters_have_a_new_version():
     assert changed == [False] + [True] * (len(params) - 1)
 
 
-def test_autograd_notices_a_step_between_forward_and_backward():
+@each_kind
+def test_autograd_notices_a_step_between_forward_and_backward(kind):
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = Adam([weight])
+    optimizer = kind.ours([weight])
     weight.grad = torch.ones(3)
     loss = (weight * weight).sum()
     optimizer.step()
@@ -67,11 +80,11 @@ def test_autograd_notices_a_step_between_forward_and_backward():
         loss.backward()
 
 
-@pytest.mark.parametrize("fused", [None, True])
-def test_grad_scaler(fused):
+@each_kind
+def test_grad_scaler(kind):
     """An overflow skips the step; otherwise scaling by a power of two changes nothing."""
     ours, plain = make(), make()
-    a, b = Adam(ours, fused=fused), Adam(plain)
+    a, b = kind.ours(ours, **kind.rich), kind.ours(plain, **kind.rich)
     scaler = torch.amp.GradScaler(backends.device(), init_scale=1024.0, growth_interval=100)
     for seed in range(5):
         give_grads(ours, plain, seed=seed)
@@ -89,21 +102,25 @@ def test_grad_scaler(fused):
     assert_same_bits(everything(a, ours), everything(b, plain))
 
 
-def test_grad_scale_set_by_hand_as_in_torch():
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.fused], ids=str)
+def test_grad_scale_set_by_hand_as_in_torch(kind):
+    """Gradients are left unscaled, as torch's fused optimizers leave them."""
     ours, stock = make(), make()
-    a, b = Adam(ours, fused=True), torch.optim.Adam(stock, fused=True)
+    a, b = kind.ours(ours, fused=True, **kind.rich), kind.torchs(stock, fused=True, **kind.rich)
     for seed in range(3):
         give_grads(ours, stock, seed=seed)
         for optimizer in (a, b):
             optimizer.grad_scale = torch.tensor(4.0, device=backends.device()) if seed == 1 else None
             optimizer.found_inf = torch.tensor(0.0, device=backends.device()) if seed == 1 else None
             optimizer.step()
+        torch.testing.assert_close([p.grad for p in ours], [p.grad for p in stock])
     assert_alike(ours, stock, a, b)
 
 
-def test_training_under_compile():
+@each_kind
+def test_training_under_compile(kind):
     ours, plain = make([(5,), (2, 3)]), make([(5,), (2, 3)])
-    a, b = Adam(ours), Adam(plain)
+    a, b = kind.ours(ours), kind.ours(plain)
     give_grads(ours, plain)
     step = torch.compile(lambda: a.step(), backend="eager")
     for _ in range(3):
