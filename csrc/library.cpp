@@ -23,6 +23,24 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor invstd, bool training, str activation, float negative_slope, bool need_x, bool need_residual, bool "
       "need_affine) -> "
       "(Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+  // batch_norm_act_train where several processes share a batch, in three ops: what is between them is collective. A
+  // part's statistics, float64: the means, the biased variances, and how many values a channel has, [2 * C + 1].
+  m.def("batch_norm_act_statistics(Tensor x) -> Tensor part");
+  // gathered: those of all processes, [processes, 2 * C + 1]. Also updates the running statistics; count: of the values
+  // of a channel in all processes, [1], float64. Then batch_norm_act_eval. x: for its dtype and device alone.
+  m.def(
+      "batch_norm_act_merge(Tensor x, Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor mean, Tensor invstd, Tensor count)");
+  // Its backward, in two. sums: of g and of g * (x - mean), [2 * C], float64, g = grad_y * act'.
+  m.def(
+      "batch_norm_act_reduce(Tensor grad_y, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, str activation, float negative_slope, bool need_affine) -> "
+      "(Tensor sums, Tensor grad_weight, Tensor grad_bias)");
+  // sums: added up over the processes.
+  m.def(
+      "batch_norm_act_input_grad(Tensor grad_y, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, Tensor sums, Tensor count, str activation, float negative_slope, bool need_residual) -> "
+      "(Tensor grad_x, Tensor grad_residual)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

@@ -6,13 +6,16 @@ torch 2.13; ``torch.compile`` traces through it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deepops import reference
 from deepops._library import _C, has_kernel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Grad = Tensor | None
 # training, momentum, eps, activation, negative_slope: one argument of Function.apply, 0.5 us less a call than five.
@@ -86,9 +89,7 @@ class BatchNormAct(torch.autograd.Function):
             y = torch.ops.deepops.batch_norm_act_eval.default(
                 x, residual, weight, bias, mean, invstd, activation, negative_slope
             )
-        kept = None
-        if residual is not None and activation != "identity":
-            kept = y if derivative_from_output(activation, negative_slope) else residual
+        kept = what_to_keep(y, residual, activation, negative_slope)
         ctx.save_for_backward(x, kept, weight, bias, mean, invstd)
         ctx.options = options
         ctx.shift_dtype = None if shift is None else shift.dtype
@@ -101,10 +102,9 @@ class BatchNormAct(torch.autograd.Function):
         training, _, _, activation, negative_slope = ctx.options
         need_x, need_residual, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(ctx, grad_y)
+            grads = differentiable_backward(ctx, grad_y)
         else:
-            if ARGUMENTS is None or torch.compiler.is_compiling() or not ARGUMENTS.same_layout(grad_y, x):
-                grad_y = grad_y.contiguous(memory_format=memory_format_of(x))
+            grad_y = laid_out_as(grad_y, x)
             grads = torch.ops.deepops.batch_norm_act_backward.default(
                 grad_y,
                 x,
@@ -133,18 +133,32 @@ class BatchNormAct(torch.autograd.Function):
 _NO_GRADS = (None,) * 4  # of statistics and options
 
 
+def laid_out_as(grad_y: Tensor, x: Tensor) -> Tensor:
+    """``grad_y`` with the strides of ``x``, which is dense."""
+    if ARGUMENTS is None or torch.compiler.is_compiling() or not ARGUMENTS.same_layout(grad_y, x):
+        return grad_y.contiguous(memory_format=memory_format_of(x))
+    return grad_y
+
+
+def what_to_keep(y: Tensor, residual: Grad, activation: str, negative_slope: float) -> Grad:
+    """What the backward needs beside ``x`` where there is a residual: the output or the residual itself."""
+    if residual is None or activation == "identity":
+        return None
+    return y if derivative_from_output(activation, negative_slope) else residual
+
+
 def derivative_from_output(activation: str, negative_slope: float) -> bool:
     """Whether the activation's derivative is a function of its output: then the output is kept, not the residual."""
     return activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope >= 0)
 
 
-def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
+def differentiable_backward(ctx: Any, grad_y: Tensor, process_group: ProcessGroup | None = None) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``).
 
     Forward in plain PyTorch on the saved tensors, then ``torch.autograd.grad``. Where the output was kept in place of
     the residual, the activation is a multiplication with its (piecewise constant) derivative.
     """
-    x, kept, weight, bias, mean, invstd = ctx.saved_tensors
+    x, kept, weight, bias, mean, invstd, *_ = ctx.saved_tensors
     training, _, eps, activation, negative_slope = ctx.options
     from_output = kept is not None and derivative_from_output(activation, negative_slope)
     residual = None if from_output else kept
@@ -162,6 +176,7 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
         negative_slope=negative_slope,
         approximate="tanh" if activation == "gelu_tanh" else "none",
         residual=residual,
+        process_group=process_group,
     )
     grad_residual = None
     if from_output:

@@ -6,10 +6,16 @@ they all run before anything is changed.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepops.reference.batch_norm_act import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -79,8 +85,12 @@ def check_batch_norm(
     training: bool,
     momentum: float | None,
     num_batches_tracked: Tensor | None,
+    alone: bool = True,
 ) -> None:
-    """Check everything but the activation and the residual. ``x`` must have passed ``check_data``."""
+    """Check everything but the activation and the residual. ``x`` must have passed ``check_data``.
+
+    ``alone``: the batch is all here; else other processes have more of it.
+    """
     if x.dim() < 2:
         raise ValueError(f"x: expected rank 2 or more, [N, C, ...], got shape {list(x.shape)}")
     channels = x.size(1)
@@ -93,7 +103,7 @@ def check_batch_norm(
     if bias is not None:
         check_per_channel("bias", bias, x, channels)
     if training:
-        if x.numel() == channels and channels > 0:  # torch's own error, word for word
+        if alone and x.numel() == channels and channels > 0:  # torch's own error, word for word
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         if num_batches_tracked is not None:
             _check_counter(num_batches_tracked, x)
@@ -112,6 +122,22 @@ def check_residual(residual: object, x: Tensor, y_shape: torch.Size) -> None:
         raise ValueError(f"residual: expected shape {list(y_shape)}, that of the output, got {list(residual.shape)}")
     if residual.device != x.device:
         raise ValueError(f"residual: expected device {x.device}, where x is, got {residual.device}")
+
+
+def checked_group(process_group: object) -> ProcessGroup | None:
+    """``process_group``, or None where this process is alone in it. Raise unless it is a group one can work with."""
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        what = f"got {type(process_group).__name__}"
+        if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group: expected a group with this process, got one without (NON_GROUP_MEMBER)")
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup, {what}")
+    try:
+        rank = dist.get_rank(process_group)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"process_group: expected a group that exists, got one that is gone: {error}") from error
+    if rank < 0:
+        raise ValueError("process_group: expected a group with this process, got one without")
+    return process_group if process_group.size() > 1 else None
 
 
 def check_convolution(x: Tensor, conv_weight: object, conv_bias: object, groups: int, autocast: bool) -> None:

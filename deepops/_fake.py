@@ -62,6 +62,56 @@ def _batch_norm_act_backward(
     return data(need_x), data(need_residual), affine(), affine()
 
 
+def _batch_norm_act_statistics(x: Tensor) -> Tensor:
+    return x.new_empty(2 * x.size(1) + 1, dtype=torch.float64)
+
+
+def _batch_norm_act_merge(
+    x: Tensor,
+    gathered: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
+    return statistics, torch.empty_like(statistics), x.new_empty(1, dtype=torch.float64)
+
+
+def _batch_norm_act_reduce(
+    grad_y: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    negative_slope: float,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    affine = x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
+    return x.new_empty(2 * x.size(1), dtype=torch.float64), affine, torch.empty_like(affine)
+
+
+def _batch_norm_act_input_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    activation: str,
+    negative_slope: float,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
+
+
 def _adam(
     params: list[Tensor],
     grads: list[Tensor],
@@ -122,6 +172,10 @@ def register() -> None:
     torch.library.register_fake("deepops::batch_norm_act_train", _batch_norm_act_train)
     torch.library.register_fake("deepops::batch_norm_act_eval", _batch_norm_act_eval)
     torch.library.register_fake("deepops::batch_norm_act_backward", _batch_norm_act_backward)
+    torch.library.register_fake("deepops::batch_norm_act_statistics", _batch_norm_act_statistics)
+    torch.library.register_fake("deepops::batch_norm_act_merge", _batch_norm_act_merge)
+    torch.library.register_fake("deepops::batch_norm_act_reduce", _batch_norm_act_reduce)
+    torch.library.register_fake("deepops::batch_norm_act_input_grad", _batch_norm_act_input_grad)
     torch.library.register_fake("deepops::adam", _adam)
     torch.library.register_fake("deepops::sgd", _sgd)
     torch.library.register_fake("deepops::rmsprop", _rmsprop)

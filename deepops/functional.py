@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,9 +28,15 @@ from deepops._checks import (
     check_convolution,
     check_data,
     check_residual,
+    checked_group,
+    statistics_dtype,
 )
 from deepops._convolution import convolution
 from deepops._library import binaries, gpu_not_covered, has_kernel
+from deepops._sync import synchronized
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["batch_norm_act", "conv_bn_act"]
 
@@ -43,8 +50,9 @@ _warned: set[str] = set()
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormAct).apply
 _traceable_apply: Callable[..., Tensor] = BatchNormAct.apply
 
-# training, momentum, eps, activation, negative_slope, approximate. No NamedTuple, which takes 0.3 us to make.
-Settings = tuple[bool, float | None, float, str, float, str]
+# training, momentum, eps, activation, negative_slope, approximate, the group of the processes that share the batch, if
+# there are any. No NamedTuple, which takes 0.3 us to make.
+Settings = tuple[bool, float | None, float, str, float, str, "ProcessGroup | None"]
 
 
 def batch_norm_act(
@@ -62,6 +70,7 @@ def batch_norm_act(
     approximate: str = "none",
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalization, an optional residual and an activation in one pass.
 
@@ -83,6 +92,13 @@ def batch_norm_act(
         approximate: of gelu: ``"none"`` or ``"tanh"``.
         residual: added before the activation; shape and dtype of ``x``.
         num_batches_tracked: int64 scalar, counted up by one with ``training``.
+        process_group: processes that share the batch, each with a part of it; parts may differ in size or be empty.
+            With ``training`` the statistics are those of the whole batch, the same bits in every process, as by
+            ``torch.nn.SyncBatchNorm``, but on the CPU too. All processes have to call, and all or none of them have to
+            want the gradient of ``x``: they exchange one vector in the forward and one in its backward. Gradients are
+            those of the sum of the processes' losses; those of ``weight`` and ``bias`` come by way of this process'
+            part alone, for ``DistributedDataParallel`` to average. None, a group of one process, or evaluation:
+            nothing is exchanged. ``torch.compile`` breaks the graph here.
 
     Returns:
         Tensor of the shape of ``x``. The backward keeps ``x`` and per-channel vectors, nothing of the size of the
@@ -90,10 +106,17 @@ def batch_norm_act(
 
     Raises:
         TypeError: a non-tensor, a sparse or integer tensor, dtypes that do not go together.
-        ValueError: wrong shape, device or option; one value per channel in training.
+        ValueError: wrong shape, device or option; one value per channel in training, of which only the processes of a
+            group on GPUs do not learn: their running statistics stay; a process group that is gone or without this
+            process.
+        RuntimeError: a process group under ``torch.func`` or forward-mode differentiation.
     """
     check_activation(activation, approximate)
-    settings = (training, momentum, eps, activation, negative_slope, approximate)
+    settings = (training, momentum, eps, activation, negative_slope, approximate, None)
+    if process_group is not None and training:
+        check_data("x", x)
+        vectors = (running_mean, running_var, num_batches_tracked)
+        return _in_group(x, residual, weight, bias, None, *vectors, settings, process_group)
     if _fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
         return _run(x, residual, weight, bias, None, running_mean, running_var, num_batches_tracked, settings)
     check_data("x", x)
@@ -124,6 +147,7 @@ def conv_bn_act(
     approximate: str = "none",
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``batch_norm_act`` of a two-dimensional convolution; for the other arguments see there.
 
@@ -147,14 +171,47 @@ def conv_bn_act(
     check_activation(activation, approximate)
     check_convolution(x, conv_weight, conv_bias, groups, autocast_enabled(x))
     y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
-    settings = (training, momentum, eps, activation, negative_slope, approximate)
+    settings = (training, momentum, eps, activation, negative_slope, approximate, None)
     shift = conv_bias if training else None
+    if process_group is not None and training:
+        vectors = (running_mean, running_var, num_batches_tracked)
+        return _in_group(y, residual, weight, bias, shift, *vectors, settings, process_group)
     if _fit(y, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
         return _run(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
     check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
     if residual is not None:
         check_residual(residual, x, y.shape)
     return _batch_norm_act(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
+
+
+def _in_group_impl(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    settings: Settings,
+    process_group: ProcessGroup,
+) -> Tensor:
+    """``_batch_norm_act`` in training with a process group; checks everything but ``x`` and the activation."""
+    group = checked_group(process_group)
+    if group is not None and not _sees_all():
+        raise RuntimeError("process_group: torch.func and forward-mode differentiation do not reach other processes")
+    _, momentum, *_ = settings
+    check_batch_norm(
+        x, running_mean, running_var, weight, bias, True, momentum, num_batches_tracked, alone=group is None
+    )
+    if residual is not None:
+        check_residual(residual, x, x.shape)
+    vectors = (running_mean, running_var, num_batches_tracked)
+    return _batch_norm_act(x, residual, weight, bias, shift, *vectors, (*settings[:-1], group))
+
+
+# What the processes exchange is not traced: torch.compile runs this between its graphs.
+_in_group: Callable[..., Tensor] = torch._disable_dynamo(_in_group_impl)  # type: ignore[attr-defined]
 
 
 def _fit(
@@ -200,11 +257,12 @@ def _batch_norm_act(
         # Under autocast the sum has the wider dtype, as with torch's own modules.
         wide = torch.promote_types(residual.dtype, x.dtype)
         x, residual = x.to(wide), residual.to(wide)
-    run = _kernel if _kernel_applies(x, residual, weight, bias) else _plain
+    in_group = settings[-1] is not None  # an empty part of a batch is not an empty batch
+    run = _kernel if _kernel_applies(x) and (in_group or x.numel() > 0) else _plain
     return run(x, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
 
 
-def _kernel_applies(x: Tensor, *others: Tensor | None) -> bool:
+def _kernel_applies(x: Tensor) -> bool:
     device = x.device.type
     if not _KERNEL_ON.get(device, False):
         if device not in _warned and device != "meta":
@@ -214,7 +272,7 @@ def _kernel_applies(x: Tensor, *others: Tensor | None) -> bool:
         if device not in _warned:
             _warn_once(device, reason)
         return False
-    return x.numel() > 0 and (torch.compiler.is_compiling() or _sees_all())
+    return torch.compiler.is_compiling() or _sees_all()
 
 
 def _kernel(
@@ -257,12 +315,15 @@ def _run(
     settings: Settings,
 ) -> Tensor:
     """Call the compiled op, recorded for autograd where a gradient is wanted."""
-    training, momentum, eps, activation, negative_slope, approximate = settings
+    training, momentum, eps, activation, negative_slope, approximate, group = settings
     if approximate == "tanh" and activation == "gelu":
         activation = "gelu_tanh"
     statistics = (running_mean, running_var, num_batches_tracked)
     numbers = (momentum, eps, activation, negative_slope)
-    if torch.is_grad_enabled() and (
+    if group is not None:
+        y, count = synchronized(x, residual, weight, bias, shift, *statistics, (training, *numbers), group)
+        shift = None if shift is None else shift * (count > 1)  # of nothing, nothing is learnt
+    elif torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
@@ -300,8 +361,14 @@ def _plain(
     settings: Settings,
 ) -> Tensor:
     """The same without a kernel."""
-    training, momentum, eps, activation, negative_slope, approximate = settings
-    if training and x.numel() == 0:
+    training, momentum, eps, activation, negative_slope, approximate, group = settings
+    if group is not None and shift is not None:
+        # Added after all: that the whole batch may be empty, and teach nothing, is not known here.
+        shifted = x.to(statistics_dtype(x.dtype)) + shift.detach().view([-1] + [1] * (x.dim() - 2))
+        vectors = (running_mean, running_var, num_batches_tracked)
+        y = _plain(shifted, residual, weight, bias, None, *vectors, settings).to(x.dtype)
+        return y + shift[:0].sum().to(y.dtype)
+    if training and x.numel() == 0 and group is None:
         # As torch: an empty batch has no statistics, so the running ones stay; weight and bias get zero gradients.
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -324,6 +391,7 @@ def _plain(
         approximate=approximate,
         residual=residual,
         num_batches_tracked=num_batches_tracked,
+        process_group=group,
     )
     if shift is not None:
         if running_mean is not None:

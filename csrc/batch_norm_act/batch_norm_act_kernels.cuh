@@ -76,16 +76,35 @@ DEEPOPS_DEVICE bool sum_pieces(const View& view, const Pieces& pieces, Sums& sum
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
 
+struct Moments {
+  double mean, variance;  // biased
+};
+
+template <class A>
+struct Running {
+  A *mean, *var;  // [C], or null
+  // What a batch of n values per channel does to them. unbiased: n / (n - 1); factor: momentum.
+  DEEPOPS_DEVICE void learn(int channel, const Moments& batch, double unbiased, double factor) const {
+    const auto replace = [&](A* running, double value) {
+      if (!running) return;
+      gpu::store(running + channel, A((1 - factor) * double(gpu::load(running + channel)) + factor * value));
+    };
+    replace(mean, batch.mean);
+    replace(var, unbiased * batch.variance);
+  }
+};
+
 template <class T>
 struct Statistics {
   const T* x;
   BatchNormActShape shape;
-  OpMath<T>*mean, *invstd;               // [C]
-  OpMath<T>*running_mean, *running_var;  // [C], or null
-  const int64_t* num_batches_tracked;    // before this batch; null: `factor` holds
-  double factor, eps;                    // factor: momentum
-  double per_count, unbiased;            // 1 / n, n / (n - 1)
-  double per_sample;                     // 1 / shape.samples
+  OpMath<T>*mean, *invstd;  // [C]
+  Running<OpMath<T>> running;
+  const int64_t* num_batches_tracked;  // before this batch; null: `factor` holds
+  double factor, eps;                  // factor: momentum
+  double count, per_count, unbiased;   // n, 1 / n, n / (n - 1)
+  double per_sample;                   // 1 / shape.samples
+  double* part;                        // [2 * C + 1] or null: for these alone, as in moments.h
   Pieces pieces;
 };
 
@@ -127,10 +146,6 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, 
   });
   return sums;
 }
-
-struct Moments {
-  double mean, variance;
-};
 
 // Two passes in double over one channel, by a block, for values whose squares do not fit single precision.
 template <class T, class View>
@@ -192,16 +207,17 @@ statistics(Statistics<T> args, View view) {
   repair(args, view, finishes && !(sums.b - sums.b == 0), moments);
   if (!finishes) return;
 
+  if (args.part) {
+    gpu::store(args.part + channel, moments.mean);
+    gpu::store(args.part + view.channels + channel, moments.variance);
+    if (channel == 0) gpu::store(args.part + 2 * int64_t(view.channels), args.count);
+    return;
+  }
   gpu::store(args.mean + channel, A(moments.mean));
   gpu::store(args.invstd + channel, A(1 / DEEPOPS_LIBM(sqrt)(moments.variance + args.eps)));
-  if (!args.running_mean && !args.running_var) return;
+  if (!args.running.mean && !args.running.var) return;
   const double factor = args.num_batches_tracked ? 1.0 / double(gpu::load(args.num_batches_tracked) + 1) : args.factor;
-  const auto learn = [&](A* running, double value) {
-    if (!running) return;
-    gpu::store(running + channel, A((1 - factor) * double(gpu::load(running + channel)) + factor * value));
-  };
-  learn(args.running_mean, moments.mean);
-  learn(args.running_var, args.unbiased * moments.variance);
+  args.running.learn(channel, moments, args.unbiased, factor);
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -260,11 +276,22 @@ forward(Forward<T> args, View view) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// What the statistics have to do with grad_x, of the sums of g and of g * (x - mean) over 1 / per_count values.
+template <class A>
+DEEPOPS_DEVICE A mean_gradient(const Sums& sums, double per_count) {
+  return A(sums.a * per_count);
+}
+template <class A>
+DEEPOPS_DEVICE A slope_gradient(const Sums& sums, double per_count, double invstd) {
+  return A(sums.b * per_count * invstd * invstd);
+}
+
 template <class T>
 struct Reduce {
   Gradient<T> gradient;
   AffineSource<OpMath<T>> source;
-  OpMath<T>*mean_grad, *slope_grad;   // [C], for the backward kernel
+  OpMath<T>*mean_grad, *slope_grad;   // [C], for the backward kernel; unused with
+  double* sums;                       // [2 * C], or null: the sums themselves
   OpMath<T>*grad_weight, *grad_bias;  // [C], or null
   double per_count;
   bool exact;  // every term goes to double
@@ -300,8 +327,13 @@ reduce(Reduce<T> args, View view) {
   const int channel = view.channel(gpu::thread());
   if (gpu::thread() >= view.columns() || channel >= view.channels) return;
   const double invstd = double(gpu::load(args.source.invstd + channel));
-  gpu::store(args.mean_grad + channel, A(sums.a * args.per_count));
-  gpu::store(args.slope_grad + channel, A(sums.b * args.per_count * invstd * invstd));
+  if (args.sums) {
+    gpu::store(args.sums + channel, sums.a);
+    gpu::store(args.sums + view.channels + channel, sums.b);
+  } else {
+    gpu::store(args.mean_grad + channel, mean_gradient<A>(sums, args.per_count));
+    gpu::store(args.slope_grad + channel, slope_gradient<A>(sums, args.per_count, invstd));
+  }
   if (args.grad_weight) gpu::store(args.grad_weight + channel, A(sums.b * invstd));
   if (args.grad_bias) gpu::store(args.grad_bias + channel, A(sums.a));
 }

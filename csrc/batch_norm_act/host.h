@@ -81,20 +81,25 @@ inline void check_statistics(const BatchNormActShape& p, const Tensor& x, const 
   core::check_vector(invstd, p.channels, type, x, op, "invstd");
 }
 
+inline void check_running(const BatchNormActShape& p, const Tensor& x, const OptionalTensor& running_mean,
+                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                          const char* op) {
+  const ScalarType type = core::opmath_scalar_type(p.dtype);
+  core::check_vector(running_mean, p.channels, type, x, op, "running_mean");
+  core::check_vector(running_var, p.channels, type, x, op, "running_var");
+  if (!num_batches_tracked.has_value()) return;
+  core::check_same_device(*num_batches_tracked, x, op, "num_batches_tracked");
+  STD_TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1, op,
+                  ": num_batches_tracked must be one int64");
+}
+
 inline void check_train(const BatchNormActShape& p, const Tensor& x, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
   constexpr const char* kOp = "batch_norm_act_train";
-  const ScalarType type = core::opmath_scalar_type(p.dtype);
   core::check_same_layout(residual, x, kOp, "residual");
   check_affine(p, x, weight, bias, kOp);
-  core::check_vector(running_mean, p.channels, type, x, kOp, "running_mean");
-  core::check_vector(running_var, p.channels, type, x, kOp, "running_var");
-  if (num_batches_tracked.has_value()) {
-    core::check_same_device(*num_batches_tracked, x, kOp, "num_batches_tracked");
-    STD_TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1, kOp,
-                    ": num_batches_tracked must be one int64");
-  }
+  check_running(p, x, running_mean, running_var, num_batches_tracked, kOp);
   STD_TORCH_CHECK(p.count() > 1 || x.numel() == 0, kOp, ": more than one value per channel is needed");
 }
 
@@ -109,12 +114,31 @@ inline void check_eval(const BatchNormActShape& p, const Tensor& x, const Option
 
 inline void check_backward(const BatchNormActShape& p, const Tensor& x, const Tensor& grad_y,
                            const OptionalTensor& kept, const OptionalTensor& weight, const OptionalTensor& bias,
-                           const Tensor& mean, const Tensor& invstd) {
-  constexpr const char* kOp = "batch_norm_act_backward";
-  core::check_same_layout(grad_y, x, kOp, "grad_y");
-  core::check_same_layout(kept, x, kOp, "kept");
-  check_affine(p, x, weight, bias, kOp);
-  check_statistics(p, x, mean, invstd, kOp);
+                           const Tensor& mean, const Tensor& invstd, const char* op) {
+  core::check_same_layout(grad_y, x, op, "grad_y");
+  core::check_same_layout(kept, x, op, "kept");
+  check_affine(p, x, weight, bias, op);
+  check_statistics(p, x, mean, invstd, op);
+}
+
+inline void check_merge(const BatchNormActShape& p, const Tensor& x, const Tensor& gathered,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked) {
+  constexpr const char* kOp = "batch_norm_act_merge";
+  core::check_same_device(gathered, x, kOp, "gathered");
+  STD_TORCH_CHECK(gathered.dim() == 2 && gathered.size(1) == 2 * p.channels + 1 && gathered.is_contiguous() &&
+                      gathered.scalar_type() == ScalarType::Double,
+                  kOp, ": gathered must be contiguous float64, [processes, 2 * channels + 1]");
+  check_running(p, x, running_mean, running_var, num_batches_tracked, kOp);
+}
+
+inline void check_input_grad(const BatchNormActShape& p, const Tensor& x, const Tensor& grad_y,
+                             const OptionalTensor& kept, const OptionalTensor& weight, const OptionalTensor& bias,
+                             const Tensor& mean, const Tensor& invstd, const Tensor& sums, const Tensor& count) {
+  constexpr const char* kOp = "batch_norm_act_input_grad";
+  check_backward(p, x, grad_y, kept, weight, bias, mean, invstd, kOp);
+  core::check_vector(sums, 2 * p.channels, ScalarType::Double, x, kOp, "sums");
+  core::check_vector(count, 1, ScalarType::Double, x, kOp, "count");
 }
 
 }  // namespace deepops

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deepops.reference._collectives import all_gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "hardswish", "identity")
 
@@ -45,6 +52,7 @@ def batch_norm_act(
     approximate: str = "none",
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return ``act((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per channel (dimension 1).
 
@@ -71,6 +79,8 @@ def batch_norm_act(
         approximate: of ``gelu``: ``"none"`` or ``"tanh"``.
         residual: same shape as ``x``, added before the activation.
         num_batches_tracked: int64 scalar, one more after each training call.
+        process_group: with ``training`` the batch is what all its processes have, each its own part, which may be
+            empty; gradients are those of the sum of their losses, for ``weight`` and ``bias`` by way of this part.
 
     Raises:
         ValueError: one value per channel in training; no running statistics in evaluation; an unknown activation.
@@ -86,12 +96,16 @@ def batch_norm_act(
     compute = torch.promote_types(x.dtype, torch.float32)
     data = x.to(compute)
     if training:
-        if count == 1:
+        total: int | Tensor = count
+        if process_group is not None:
+            mean, var, total = _of_all_parts(data, dims, process_group)
+        elif count == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        mean = data.mean(dims)
-        var = (data - mean.view(per_channel)).square().mean(dims)
+        else:
+            mean = data.mean(dims)
+            var = (data - mean.view(per_channel)).square().mean(dims)
         with torch.no_grad():
-            _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
+            _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, total)
     else:
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: None, but evaluation (training=False) needs both")
@@ -106,6 +120,33 @@ def batch_norm_act(
     return _activation(z, activation, negative_slope, approximate).to(x.dtype)
 
 
+def _of_all_parts(data: Tensor, dims: list[int], group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values per channel of what all processes have.
+
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", 1983: the variance of the whole is the mean
+    of those of the parts and of the squares of how far their means are from the common one.
+    """
+    channels = data.size(1)
+    count = data.numel() // channels if channels else 0
+    mean = data.sum(dims) / max(count, 1)
+    var = (data - mean.view([1, -1] + [1] * (data.dim() - 2))).square().sum(dims)
+    part = torch.cat([mean.double(), var.double() / max(count, 1), mean.new_tensor([count], dtype=torch.float64)])
+    parts = all_gather(part, group)  # [processes, 2 C + 1]
+    means, variances, counts = parts[:, :channels], parts[:, channels:-1], parts[:, -1:]
+    refuse_single_value(counts)
+    total = counts.sum()
+    shares = counts / total.clamp(min=1)
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
+    return mean.to(data.dtype), var.to(data.dtype), total
+
+
+def refuse_single_value(counts: Tensor) -> None:
+    """Raise where all processes together have one value per channel; a GPU is not waited for to find out."""
+    if counts.device.type == "cpu" and counts.sum() == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got 1 in all processes of the group")
+
+
 def _update(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -113,7 +154,7 @@ def _update(
     mean: Tensor,
     var: Tensor,
     momentum: float | None,
-    count: int,
+    count: int | Tensor,
 ) -> None:
     """Update the running statistics and the counter in place, without reading anything back to the host."""
     factor: float | Tensor = 0.0 if momentum is None else momentum  # torch.nn.BatchNorm2d: None and no counter is 0
@@ -121,9 +162,12 @@ def _update(
         num_batches_tracked.add_(1)
         if momentum is None:
             factor = num_batches_tracked.to(mean.dtype).reciprocal()
-    if count == 0:  # as torch: an empty batch is counted and changes no statistics
+    if isinstance(count, int) and count == 0:  # as torch: an empty batch is counted and changes no statistics
         return
+    if isinstance(count, Tensor):
+        factor, count = factor * (count > 1), count.clamp(min=2)
+    unbiased = count / (count - 1)
     if running_mean is not None:
         running_mean.copy_((1 - factor) * running_mean + factor * mean)
     if running_var is not None:
-        running_var.copy_((1 - factor) * running_var + factor * (var * (count / (count - 1))))
+        running_var.copy_((1 - factor) * running_var + factor * (var * unbiased))
