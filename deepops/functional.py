@@ -210,8 +210,14 @@ def _in_group_impl(
     return _batch_norm_act(x, residual, weight, bias, shift, *vectors, (*settings[:-1], group))
 
 
-# What the processes exchange is not traced: torch.compile runs this between its graphs.
-_in_group: Callable[..., Tensor] = torch._disable_dynamo(_in_group_impl)  # type: ignore[attr-defined]
+_in_group_outside_graph: Callable[..., Tensor] = torch._disable_dynamo(_in_group_impl)  # type: ignore[attr-defined]
+
+
+def _in_group(*arguments: Tensor | Settings | ProcessGroup | None) -> Tensor:
+    """``_in_group_impl``, which torch.compile runs between its graphs: what processes exchange is not traced."""
+    if torch.compiler.is_compiling():
+        return _in_group_outside_graph(*arguments)
+    return _in_group_impl(*arguments)  # type: ignore[arg-type]
 
 
 def _fit(

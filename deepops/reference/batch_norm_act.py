@@ -165,7 +165,7 @@ def _update(
     if isinstance(count, int) and count == 0:  # as torch: an empty batch is counted and changes no statistics
         return
     if isinstance(count, Tensor):
-        factor, count = factor * (count > 1), count.clamp(min=2)
+        factor, count = factor * (count > 1).to(count.dtype), count.clamp(min=2)
     unbiased = count / (count - 1)
     if running_mean is not None:
         running_mean.copy_((1 - factor) * running_mean + factor * mean)
