@@ -12,6 +12,7 @@ import pytest
 import simt
 import torch
 from bn_cases import ACTIVATIONS, DTYPES, Case, backward, evaluate, make_case, op_results, train
+from bn_sync import input_grad, join, merge, reduce, results_of_parts
 
 pytestmark = pytest.mark.usefixtures("on_simt")
 
@@ -72,6 +73,31 @@ def test_nothing_launches_nothing():
 
 
 @each_layout
+@pytest.mark.parametrize("batch", [6, 0])
+def test_launches_where_processes_share_a_batch(batch, layout):
+    """The passes of the whole op, and beside them three kernels with a thread per channel; no data, no pass."""
+    case = make_case((6, 20, 5, 7), memory_format=FORMATS[layout], residual=True)
+    y, mean, invstd = train(case.clone())
+    case, y = replace(case, **{n: getattr(case, n)[:batch] for n in ("x", "residual", "grad_y")}), y[:batch]
+    launches = []
+    with simt.counting() as counted:
+        part = torch.ops.deepops_simt.batch_norm_act_statistics(case.x)
+    launches.append([launch.name for launch in counted.kernels])
+    with simt.counting() as counted:
+        _, _, count = merge(case, part[None])
+    launches.append([launch.name for launch in counted.kernels])
+    with simt.counting() as counted:
+        sums, _, _ = reduce(case, y, mean, invstd)
+    launches.append([launch.name for launch in counted.kernels])
+    with simt.counting() as counted:
+        input_grad(case, y, mean, invstd, sums, count, True)
+    launches.append([launch.name for launch in counted.kernels])
+    passes = [["statistics"], ["count", "merge"], ["reduce"], ["mean_gradients", "backward"]]
+    expected = passes if batch else [[], passes[1], [], []]
+    assert launches == [[f"batch_norm_act_{name}" for name in names] for names in expected]
+
+
+@each_layout
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_bytes_and_coalescing_of_elementwise_kernels(residual, dtype, layout):
@@ -124,6 +150,18 @@ def test_same_bits_in_every_schedule(dtype, layout):
                 actual = op_results(case, True)
             for key in expected:
                 assert torch.equal(actual[key], expected[key]), f"{key} {name} {seed} {shape} {activation}"
+
+
+@each_layout
+def test_parts_have_the_same_bits_in_every_schedule(layout):
+    """300 channels: more than a block of the kernels with a thread per channel has."""
+    case = make_case((4, 300, 3, 3), torch.float32, FORMATS[layout], momentum=None)
+    expected = join(case, results_of_parts(case, (1, 3)))
+    for name, seed in [("reverse", 0), ("random", 1)]:
+        with simt.schedule(name, seed):
+            actual = join(case, results_of_parts(case, (1, 3)))
+        for key in expected:
+            assert torch.equal(actual[key], expected[key]), f"{key} {name} {seed}"
 
 
 @each_layout

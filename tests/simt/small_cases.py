@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import backends
 import bn_cases
+import bn_sync
 import optim_cases
 import step_cases
 from step_cases import BF16, F16, F32, F64
@@ -38,16 +40,29 @@ def batch_norm_act() -> int:
                         case = bn_cases.make_case(
                             shape, dtype, layout, activation=activation, residual=count % 2 == 1, training=training
                         )
-                        compare(case, training)
+                        compare(case, lambda case=case, training=training: bn_cases.op_results(case, training))
                         count += 1
     return count
 
 
-def compare(case: bn_cases.Case, training: bool) -> None:
+def batch_in_parts() -> int:
+    """The ops between which processes talk, for parts of which one is empty; more channels than a block has threads."""
+    count = 0
+    for shape in [*SHAPES, (3, 300, 1, 2)]:
+        for layout in LAYOUTS:
+            for dtype in bn_cases.DTYPES:
+                case = bn_cases.make_case(shape, dtype, layout, activation="silu", residual=count % 2 == 1)
+                sizes = (1, 0, shape[0] - 1)
+                compare(case, lambda case=case, sizes=sizes: bn_sync.join(case, bn_sync.results_of_parts(case, sizes)))
+                count += 1
+    return count
+
+
+def compare(case: bn_cases.Case, run: Callable[[], dict[str, torch.Tensor]]) -> None:
     backends.current = "cpu"
-    expected = bn_cases.op_results(case, training)
+    expected = run()
     backends.current = "simt"
-    actual = bn_cases.op_results(case, training)
+    actual = run()
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(case.x.dtype, 5e-2)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
@@ -121,7 +136,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act):
+    for cases in (adam, optimizers, clip, batch_norm_act, batch_in_parts):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested
