@@ -19,6 +19,7 @@
 #include "batch_norm_act/per_channel.h"
 #include "core/allocate.h"
 #include "core/checks.h"
+#include "core/memory_pool.h"
 #include "core/parallel.h"
 
 namespace deepops {
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   if (x.numel() == 0) {  // no statistics to take; as in torch nothing is learnt from an empty batch
     torch::stable::zero_(mean);
     torch::stable::zero_(invstd);
-    return {core::empty_like(x), mean, invstd};
+    return {core::pooled_empty_like(x), mean, invstd};
   }
 
   const BatchNormActKernels& kernel = kernels();
@@ -158,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   const Values running_means = read(running_mean, p.channels, 0, scratch);
   const Values running_vars = read(running_var, p.channels, 0, scratch);
   Sums sums(p, scratch);
-  Tensor y = core::empty_like(x);
+  Tensor y = core::pooled_empty_like(x);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -210,11 +211,11 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
                 Tensor invstd, std::string activation, double negative_slope) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope);
   check_eval(p, x, residual, weight, bias, mean, invstd);
-  if (x.numel() == 0) return core::empty_like(x);
+  if (x.numel() == 0) return core::pooled_empty_like(x);
   Scratch scratch;
   AffineNumbers affine(p, weight, bias, scratch);
   affine.set(read(mean, p.channels, 0, scratch), read(invstd, p.channels, 1, scratch), 0, p.channels);
-  Tensor y = core::empty_like(x);
+  Tensor y = core::pooled_empty_like(x);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);
@@ -239,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   const ScalarType stat_type = core::opmath_scalar_type(p.dtype);
   check_backward(p, x, grad_y, kept, weight, bias, mean, invstd);
   const auto like_x = [&](bool wanted) {
-    return wanted ? core::empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
+    return wanted ? core::pooled_empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
   };
   Tensor grad_weight = core::empty_vector(need_affine ? p.channels : 0, stat_type, x);
   Tensor grad_bias = core::empty_vector(need_affine ? p.channels : 0, stat_type, x);
