@@ -5,7 +5,11 @@ act((conv(x, W) + b - mean) * s + beta) = act(conv(x, W * s) + (b - mean) * s + 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepops._autograd import derivative_from_output
@@ -87,5 +91,26 @@ def conv_act(
         if not autocast_enabled(x):
             check_residual_dtype(residual, x)
         z = z.add_(residual) if in_place and residual.dtype is z.dtype else z + residual
-    in_place = in_place and (not z.requires_grad or derivative_from_output(activation, negative_slope))
+    if z.requires_grad:
+        if in_place and activation == "relu6":
+            in_place_relu6: Callable[..., Tensor] = _ReLU6.apply
+            return in_place_relu6(z)
+        in_place = in_place and derivative_from_output(activation, negative_slope)
     return apply_activation(z, activation, negative_slope, approximate, inplace=in_place)
+
+
+class _ReLU6(torch.autograd.Function):
+    """In place, with a backward from the output alone; torch's own in place keeps a copy of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.mark_dirty(z)
+        F.relu6(z, inplace=True)
+        ctx.save_for_backward(z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        grad_z: Tensor = torch.ops.aten.hardtanh_backward(grad_y, y, 0.0, 6.0)
+        return grad_z
