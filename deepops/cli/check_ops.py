@@ -19,7 +19,7 @@ import deepops.functional
 import deepops.nn
 import deepops.optim
 from deepops import reference
-from deepops.testing import to_double
+from deepops.testing import away_from_kinks, to_double
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,6 @@ _ACTIVATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("hardswish", {}),
     ("identity", {}),
 )
-# Where the derivative jumps. Rounding may put a value on either side, so no gradient is sent there (within _MARGIN).
-_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
-_MARGIN = 0.05
-
-
-def _away_from_kinks(grad_y: Tensor, before: Tensor, activation: str) -> Tensor:
-    """``grad_y`` with zeros where ``before``, the activation's input, is close to a jump of its derivative."""
-    for kink in _KINKS.get(activation, ()):
-        grad_y = grad_y.masked_fill((before - kink).abs() < _MARGIN, 0)
-    return grad_y
 
 
 def _stock_batch_norm_act(
@@ -135,7 +125,7 @@ def check_batch_norm_act(training: bool) -> Callable[[Setting], Iterator[Compari
             noise = setting.tensor(*_SHAPE, generator=torch.Generator().manual_seed(1))
             for activation, extra in _ACTIVATIONS:
                 options = {"training": training, "activation": activation, **extra}
-                grad_y = _away_from_kinks(noise, before, activation)
+                grad_y = away_from_kinks(noise, before, activation)
                 actual = _run_batch_norm_act(deepops.functional.batch_norm_act, inputs, grad_y, **options)
                 stock = _run_batch_norm_act(_stock_batch_norm_act, inputs, grad_y, **options)
                 oracle = _run_batch_norm_act(reference.batch_norm_act, exact, grad_y.double(), **options)
@@ -196,7 +186,7 @@ def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool) -> Iterat
     with torch.no_grad():
         statistics = (exact_norm.running_mean, exact_norm.running_var) if frozen else (None, None)
         before = F.batch_norm(exact_conv(x.double()), *statistics, training=not frozen)
-    grad_y = _away_from_kinks(noise, before, "relu")
+    grad_y = away_from_kinks(noise, before, "relu")
     results = {name: _conv_step(*layers, x, grad_y, setting.dtype, frozen) for name, layers in models.items()}
     for output in results["oracle"]:
         yield Comparison(f"seed {seed}", output, *(results[name][output] for name in ("ours", "stock", "oracle")))
