@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from conv_cases import Stock, make_block
+from conv_cases import BLOCKS, MODES, Stock, make_block, make_input, set_mode
 from torch import nn
 
-from deepops.nn import (
-    BatchNormAct2d,
-    ConvBNAct2d,
-    ConvBNReLU2d,
-)
+import deepops.testing
+from deepops.nn import BatchNormAct2d, ConvBNAct2d, ConvBNReLU2d, batch_norm_act, conv_bn_act, conv_bn_relu, convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,31 +62,69 @@ def test_bad_modules() -> None:
         BatchNormAct2d.from_modules(nn.BatchNorm1d(4))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_bad_input_to_modules(train: bool) -> None:
-    block, layer = make_block(4, 8, 3).train(train), BatchNormAct2d(4).train(train)
-    before = copy.deepcopy([block.state_dict(), layer.state_dict()])
+@pytest.mark.parametrize("dims", BLOCKS)
+@pytest.mark.parametrize("mode", [*MODES, "no_grad"])
+def test_bad_input_changes_nothing(mode: str, dims: int) -> None:
+    block, x = make_block(4, 8, 3, dims=dims, bias=True), make_input(dims)
+    set_mode(block, "eval" if mode == "no_grad" else mode)
+    y = copy.deepcopy(block)(x).detach()
+    spatial = {1: "L", 2: "H, W", 3: "D, H, W"}[dims]
     cases: list[tuple[Any, type[Exception], str]] = [
         ([1.0], TypeError, "x: expected a torch.Tensor, got list"),
-        (torch.randn(4, 9, 9), ValueError, "x: expected "),
-        (torch.randn(2, 4, 9, 9).to_sparse(), TypeError, "x: expected a dense"),
-        (torch.randn(2, 4, 9, 9, device="meta"), ValueError, "expected device"),
+        (x[0], ValueError, rf"x: expected rank {dims + 2}, \[N, C, {spatial}\], got shape"),  # no batch dimension
+        (x[None], ValueError, f"x: expected rank {dims + 2}"),
+        (x.to_sparse(), TypeError, "x: expected a dense"),
+        (x.to("meta"), ValueError, "expected device"),
+        (x.long(), TypeError, "x: expected float32"),
+        (x[:, :3], ValueError, "x: expected 4 channels"),
+        (x.double(), TypeError, r"conv_weight: expected torch.float64"),
     ]
-    with torch.no_grad():
-        for x, error, message in cases:
-            for module in (block, layer):
-                with pytest.raises(error, match=message):
-                    module(x)
-        with pytest.raises(ValueError, match=r"x: expected 4 channels"):
-            block(torch.randn(2, 3, 9, 9))
-        with pytest.raises(TypeError, match=r"conv_weight: expected torch.float64"):
-            block(torch.randn(2, 4, 9, 9).double())
+    before = copy.deepcopy(block.state_dict())
+    with torch.set_grad_enabled(mode != "no_grad"):
+        for bad, error, message in cases:
+            with pytest.raises(error, match=message):
+                block(bad)
         with pytest.raises(ValueError, match="residual: expected shape"):
-            block(torch.randn(2, 4, 9, 9), torch.randn(2, 8, 9, 9))
-        block.bn = nn.BatchNorm2d(1).train(train)
-        with pytest.raises(ValueError, match=r"running_mean: expected shape \[8\]"):
-            block(torch.randn(2, 4, 9, 9))
-    assert str(before[1]) == str(layer.state_dict())
+            block(x, x)
+        with pytest.raises(TypeError, match=r"residual: expected torch.float32"):
+            block(x, y.double())
+        bn, block.bn = block.bn, type(block.bn)(5)
+        set_mode(block, "eval" if mode == "no_grad" else mode)
+        others = copy.deepcopy(block.bn.state_dict())
+        with pytest.raises(ValueError, match=r"running_mean: expected shape \[8\], one per channel, got \[5\]"):
+            block(x)
+    assert all(torch.equal(others[name], value) for name, value in block.bn.state_dict().items())
+    block.bn = bn
+    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize("dims", BLOCKS)
+def test_a_state_dict_of_another_shape(dims: int) -> None:
+    block, other = make_block(4, 8, 3, dims=dims), make_block(4, 6, 3, dims=dims)
+    before, x = copy.deepcopy(block.state_dict()), make_input(dims)
+    with pytest.raises(RuntimeError, match=r"size mismatch for bn.running_mean"):
+        block.load_state_dict(other.state_dict())
+    for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):
+        assert torch.equal(before[name], block.state_dict()[name])
+    block(x)
+    flat = make_block(4, 8, 3, dims=1 + dims % 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv.weight"):
+        block.load_state_dict(flat.state_dict())
+
+
+def test_examples_of_the_docstrings() -> None:
+    modules = [
+        batch_norm_act,
+        conv_bn_act,
+        conv_bn_relu,
+        convert,
+        deepops.functional,
+        deepops._explain,
+        deepops.testing,
+    ]
+    results = [doctest.testmod(module) for module in modules]
+    assert all(result.attempted for result in results)
+    assert not any(result.failed for result in results)
 
 
 def test_deepcopy_pickle_save() -> None:
