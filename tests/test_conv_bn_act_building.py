@@ -13,6 +13,7 @@ import torch
 from conv_cases import BLOCKS, MODES, Stock, make_block, make_input, set_mode
 from torch import nn
 
+import deepops.nn
 import deepops.testing
 from deepops.nn import BatchNormAct2d, ConvBNAct2d, ConvBNReLU2d, batch_norm_act, conv_bn_act, conv_bn_relu, convert
 
@@ -60,6 +61,29 @@ def test_bad_modules() -> None:
         ConvBNReLU2d.from_modules(conv, bn, "silu")
     with pytest.raises(TypeError, match=r"bn: expected torch.nn.BatchNorm2d"):
         BatchNormAct2d.from_modules(nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize("dims", BLOCKS)
+def test_relu_blocks_and_modules_of_other_dimensions(dims: int) -> None:
+    relu, act = getattr(deepops.nn, f"ConvBNReLU{dims}d"), BLOCKS[dims]
+    torch.manual_seed(4)
+    block = relu(4, 8, 3, 1, 1, bias=True, padding_mode="circular", eps=0.1)
+    assert isinstance(block, act)
+    assert block.activation == "relu"
+    other = act(4, 8, 3, 1, 1, bias=True, padding_mode="circular", eps=0.1)
+    other.load_state_dict(block.state_dict())
+    x = make_input(dims)
+    assert torch.equal(block(x), other(x))
+    shared = act.from_modules(block.conv, block.bn, "silu")
+    assert type(shared) is act
+    assert shared.conv is block.conv
+    with pytest.raises(ValueError, match=f"activation: expected relu, got 'silu'; use ConvBNAct{dims}d for others"):
+        relu.from_modules(block.conv, block.bn, "silu")
+    wrong = BLOCKS[1 + dims % 3](4, 8, 3)
+    with pytest.raises(TypeError, match=f"conv: expected torch.nn.Conv{dims}d, got Conv"):
+        act.from_modules(wrong.conv, block.bn)
+    with pytest.raises(TypeError, match=f"bn: expected torch.nn.BatchNorm{dims}d, got BatchNorm"):
+        act.from_modules(block.conv, wrong.bn)
 
 
 @pytest.mark.parametrize("dims", BLOCKS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import processes
 import pytest
@@ -240,53 +239,6 @@ def test_explain() -> None:
     assert "one convolution with folded weights; for gradients, torch's convolution, then" in deepops.explain(model)
     set_mode(model[0], "frozen affine")
     assert "one convolution with folded weights; for gradients, folded in each call" in deepops.explain(model)
-
-
-# ---- torch.func ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_func(mode: str) -> None:
-    """Without running statistics in training, as torch's own batch normalization needs it."""
-    block = make_block(4, 8, 3, bias=True, activation="silu", track_running_stats=mode != "train").double()
-    set_mode(block, mode)
-    stock = Stock(block)
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    direction = torch.randn_like(x)
-
-    def results(module: Any) -> Any:
-        state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-
-        def loss(state: dict[str, Tensor], x: Tensor) -> Tensor:
-            return torch.func.functional_call(module, state, (x,)).square().sum()
-
-        floating = {name: tensor for name, tensor in state.items() if name.startswith(("conv", "bn.w", "bn.b"))}
-        gradients = torch.func.grad(loss)(floating, x)
-        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(floating, torch.stack([x, 2 * x]))
-        return gradients, per_sample, torch.func.jvp(lambda x: loss(floating, x), (x,), (direction,))
-
-    ours, theirs = results(block), results(stock)
-    torch.testing.assert_close(ours[1:], theirs[1:])
-    for name, value in ours[0].items():
-        if name != "conv.bias" or mode != "train":  # 0, where stock has what rounding left of it
-            torch.testing.assert_close(value, theirs[0][name])
-
-
-def test_vmap_over_running_statistics_is_refused() -> None:
-    for module in (make_block(4, 4, 3), BatchNormAct2d(4)):
-        before = copy.deepcopy(module.state_dict())
-        with pytest.raises(RuntimeError, match=r"running_mean: expected a batched tensor.* track_running_stats=False"):
-            torch.func.vmap(module)(torch.randn(3, 2, 4, 6, 6))
-        assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-
-
-def test_half_convolution_under_func() -> None:
-    block = make_block(4, 8, 3, track_running_stats=False)
-    block.conv.half()
-    x = torch.randn(2, 4, 6, 6).half()
-    expected = torch.autograd.grad(block(x.requires_grad_()).float().square().sum(), x)[0]
-    actual = torch.func.grad(lambda x: block(x).float().square().sum())(x.detach())
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
