@@ -236,9 +236,9 @@ def test_explain() -> None:
     assert "plain PyTorch" in deepops.explain(nn.Linear(2, 2))
     assert "batch norm + silu" in deepops.explain(BatchNormAct2d(4, activation="silu"))
     set_mode(model[0], "frozen")
-    assert "one convolution with folded weights; for gradients, torch's convolution, then" in deepops.explain(model)
+    assert "with weights folded once; with gradients, under autocast and in fp16 torch's conv" in deepops.explain(model)
     set_mode(model[0], "frozen affine")
-    assert "one convolution with folded weights; for gradients, folded in each call" in deepops.explain(model)
+    assert "with weights folded once, with gradients in each call" in deepops.explain(model)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -181,9 +181,10 @@ class _ConvBNAct(nn.Module):
         one_pass += f" ({kernel_note('batch_norm_act_train', device)})"
         if batch_norm_state(self.bn)[3]:
             return f"fused: {one_pass}"
+        folded = "fused, by running statistics: one convolution with weights folded once"
         if any(parameter.requires_grad for parameter in self.bn.parameters()):
-            return f"fused, by running statistics: one convolution with folded weights; for gradients, {one_pass}"
-        return "fused, by running statistics: one convolution with folded weights; for gradients, folded in each call"
+            return f"{folded}; with gradients, under autocast and in fp16 {one_pass}"
+        return f"{folded}, with gradients in each call; without, but under autocast or in fp16, {one_pass}"
 
 
 class ConvBNAct2d(_ConvBNAct):
@@ -193,10 +194,11 @@ class ConvBNAct2d(_ConvBNAct):
     input, the weights and the convolution's output (stock modules keep the activation's output too).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
-    the CPU, the activation inside. Frozen batch normalization (``bn`` in evaluation, its parameters without gradients)
-    in a model that is trained is folded in every call: there is no pass of batch normalization either way, and for the
-    ReLU family the backward keeps nothing of the size of the output but the output. Where ``bn.weight`` or ``bn.bias``
-    want gradients, batch normalization by running statistics is one pass, as in training.
+    the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,
+    its parameters without gradients) in a model that is trained is folded in every call: there is no pass of batch
+    normalization either way, and for the ReLU family the backward keeps nothing of the size of the output but the
+    output. Where ``bn.weight`` or ``bn.bias`` want gradients, batch normalization by running statistics is one pass, as
+    in training.
 
     If ``conv`` or ``bn`` is replaced by another class (``SyncBatchNorm``, a parametrization, a quantized layer), has
     hooks or an own ``forward``, or while global module hooks are set, the layer calls its submodules one by one
