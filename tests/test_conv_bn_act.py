@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -37,6 +38,17 @@ def test_convolutions(mode: str, dims: int) -> None:
             for channels_last in (False, True) if dims > 1 else (False,):
                 block = make_block(4, 8, dims=dims, **options, activation="silu", seed=seed)
                 compare(pools, block, make_input(dims, channels_last=channels_last), None, mode, name)
+    check(pools)
+
+
+@pytest.mark.parametrize("trainable", ["weight", "bias"])
+def test_one_parameter_of_a_frozen_batch_norm_is_trained(trainable: str) -> None:
+    pools: Pools = defaultdict(ErrorPool)
+    for seed, dims in itertools.product(range(4), (1, 2, 3)):
+        block = make_block(4, 8, 3, dims=dims, padding=1, activation="silu", seed=seed)
+        block.bn.requires_grad_(False).get_parameter(trainable).requires_grad_()
+        compare(pools, block, make_input(dims, batch=16), None, "frozen", f"seed {seed}")
+    assert f"bn.{trainable}.grad" in pools
     check(pools)
 
 

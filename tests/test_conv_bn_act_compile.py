@@ -30,7 +30,7 @@ def model_of(block: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("mode", "dims"), [("train", 1), ("train", 3), *((mode, 2) for mode in MODES)])
 def test_compile_fullgraph(mode: str, dims: int) -> None:
-    block = make_block(4, 8, 3, dims=dims, padding=1, bias=True)
+    block = make_block(4, 8, 3, dims=dims, padding=1, bias=True, activation="relu6")
     other, x = copy.deepcopy(block), make_input(dims)
     residual = torch.randn(4, 8, *x.shape[2:])
     other.compile(fullgraph=True, backend="aot_eager")
@@ -190,6 +190,14 @@ def test_func(mode: str) -> None:
     for name, value in ours[0].items():
         if name != "conv.bias" or mode != "train":  # 0, where stock has what rounding left of it
             torch.testing.assert_close(value, theirs[0][name])
+
+
+def test_vmap_over_a_residual_alone() -> None:
+    block = make_block(4, 8, 3)
+    set_mode(block, "frozen affine")
+    x, residuals = torch.randn(2, 4, 6, 6), torch.randn(3, 2, 8, 4, 4)
+    batched = torch.func.vmap(block, (None, 0))(x, residuals)
+    torch.testing.assert_close(batched, torch.stack([block(x, residual) for residual in residuals]))
 
 
 def test_vmap_over_running_statistics_is_refused() -> None:
