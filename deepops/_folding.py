@@ -85,7 +85,8 @@ def conv_act(
     That one is the output itself for the ReLU family, and what the activation was applied to for the smooth ones.
     """
     z = convolution(x, weight, bias, stride, padding, dilation, groups)
-    in_place = not torch.compiler.is_compiling() and not transforms_active()  # z is nobody else's
+    # z is nobody else's; a compiler decides for itself.
+    in_place = not torch.compiler.is_compiling() and not transforms_active()
     if residual is not None:
         check_residual(residual, x, z.shape)
         if not autocast_enabled(x):
