@@ -32,8 +32,10 @@ def call(backend: str, op: str, *arguments: object, **options: object) -> object
     return getattr(getattr(torch.ops, namespace), op)(*map(moved, arguments), **options)
 
 
-def adam(backend: str, dtype: torch.dtype) -> Outputs:
-    """Three steps of a tensor that is no multiple of any vector, and a small one."""
+def optimizer_step(
+    op: str, states: dict[str, Callable[[Tensor], Tensor]], backend: str, dtype: torch.dtype, **options: object
+) -> Outputs:
+    """Three steps of a tensor that is no multiple of any vector, and a small one. states: made of normal numbers."""
     generator = torch.Generator().manual_seed(1)
     device = BACKENDS[backend][1]
     shapes = ((3, 1001), (7,))
@@ -41,14 +43,34 @@ def adam(backend: str, dtype: torch.dtype) -> Outputs:
     def draw() -> list[Tensor]:
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for shape in shapes]
 
-    params, exp_avgs = draw(), draw()
-    exp_avg_sqs = [tensor.abs() for tensor in draw()]
+    params = draw()
+    values = {name: [make(tensor) for tensor in draw()] for name, make in states.items()}
     steps = [torch.zeros((), device=device) for _ in shapes]
-    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False,
-               "maximize": False, "decoupled_weight_decay": False}  # fmt: skip
     for _ in range(3):
-        call(backend, "adam", params, draw(), exp_avgs, exp_avg_sqs, [], steps, **options)
-    return {"param": params[0], "exp_avg": exp_avgs[0], "exp_avg_sq": exp_avg_sqs[0], "small param": params[1]}
+        call(backend, op, params, draw(), *values.values(), steps, **options)
+    return {"param": params[0], "small param": params[1], **{name: value[0] for name, value in values.items()}}
+
+
+def adam(backend: str, dtype: torch.dtype) -> Outputs:
+    """Adam with every state."""
+    states = {"exp_avg": torch.clone, "exp_avg_sq": torch.abs, "max_exp_avg_sq": torch.abs}
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": True,
+               "maximize": False, "decoupled_weight_decay": False}  # fmt: skip
+    return optimizer_step("adam", states, backend, dtype, **options)
+
+
+def sgd(backend: str, dtype: torch.dtype) -> Outputs:
+    """SGD with Nesterov's momentum."""
+    options = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
+    return optimizer_step("sgd", {"momentum_buffer": torch.clone}, backend, dtype, **options)
+
+
+def rmsprop(backend: str, dtype: torch.dtype) -> Outputs:
+    """RMSprop with every state, which are such that no variance is negative."""
+    states = {"square_avg": lambda t: 1 + t.abs(), "grad_avg": torch.tanh, "momentum_buffer": torch.clone}
+    options = {"lr": 1e-2, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "centered": True,
+               "maximize": False}  # fmt: skip
+    return optimizer_step("rmsprop", states, backend, dtype, **options)
 
 
 def batch_norm_act(backend: str, dtype: torch.dtype) -> Outputs:
@@ -77,6 +99,8 @@ def batch_norm_act(backend: str, dtype: torch.dtype) -> Outputs:
 
 CASES: dict[str, tuple[Callable[[str, torch.dtype], Outputs], bool]] = {
     "adam": (adam, True),  # equal bits are promised
+    "sgd": (sgd, True),
+    "rmsprop": (rmsprop, True),
     "batch_norm_act": (batch_norm_act, False),
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "batch_norm_act/arguments.h"
+#include "core/memory_stats.h"
 #include "optim/backends.h"
 #include "optim/table.h"
 
@@ -23,6 +24,8 @@ struct OpsLibrary {
   int (*best_cpu_isa)() = nullptr;
   int (*set_cpu_isa)(int) = nullptr;
   long long (*parallel_regions)() = nullptr;
+  deepops_memory_stats_result (*memory_stats)() = nullptr;
+  void (*empty_cache)() = nullptr;
 };
 OpsLibrary ops;
 
@@ -45,6 +48,8 @@ void attach_ops(const std::string& path) {
   find(library, "deepops_best_cpu_isa", ops.best_cpu_isa);
   find(library, "deepops_set_cpu_isa", ops.set_cpu_isa);
   find(library, "deepops_parallel_regions", ops.parallel_regions);
+  find(library, "deepops_memory_stats", ops.memory_stats);
+  find(library, "deepops_empty_cache", ops.empty_cache);
   deepops::optim::attach(library, "cpu");
 }
 
@@ -66,6 +71,11 @@ void set_cpu_isa(const std::string& name) {
 
 // The variants this machine can run, weakest first.
 std::vector<std::string> cpu_isas() { return {kIsaNames.begin(), kIsaNames.begin() + attached().best_cpu_isa() + 1}; }
+
+py::tuple memory_stats() {
+  const deepops_memory_stats_result stats = attached().memory_stats();
+  return py::make_tuple(stats.live, stats.kept, stats.mapped);
+}
 
 py::dict build_info() {
   py::dict info;
@@ -89,5 +99,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"), "Use this instruction set; for tests.");
   deepops::bind_batch_norm_act(m);
   deepops::optim::bind(m);
+  m.def("memory_stats", &memory_stats,
+        "Bytes in results, bytes kept for results to come, how often memory was mapped.");
+  m.def("empty_cache", [] { attached().empty_cache(); }, "Give what is kept back to the system.");
   m.def("parallel_regions", [] { return attached().parallel_regions(); }, "Parallel regions entered so far.");
 }

@@ -10,16 +10,17 @@ from deepops._library import binaries, version
 if TYPE_CHECKING:
     from deepops import amp as amp
     from deepops import functional as functional
+    from deepops import memory as memory
     from deepops import nn as nn
     from deepops import optim as optim
     from deepops._build_info import build_info as build_info
     from deepops._explain import explain as explain
 
 __version__ = version()
-__all__ = ["__version__", "amp", "binaries", "build_info", "explain", "functional", "nn", "optim"]
+__all__ = ["__version__", "amp", "binaries", "build_info", "explain", "functional", "memory", "nn", "optim"]
 
 # Imported at first use: `import deepops` stays cheap.
-_SUBMODULES = ("amp", "functional", "nn", "optim", "testing", "reference")
+_SUBMODULES = ("amp", "functional", "memory", "nn", "optim", "testing", "reference")
 _FUNCTIONS = ("build_info", "explain")  # each lives in a module of its own name, with a leading underscore
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deepops.reference.batch_norm_act import ACTIVATIONS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Size = int | tuple[int, ...]  # of a convolution: one number, or one for each spatial dimension
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -34,6 +37,11 @@ def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is; devices without autocast (``meta``) have it off."""
     device = x.device.type
     return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+
+
+def transforms_active() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they do not see into a compiled op."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_data(name: str, value: object) -> None:
@@ -84,6 +92,7 @@ def check_batch_norm(
     bias: Tensor | None,
     training: bool,
     momentum: float | None,
+    eps: float,
     num_batches_tracked: Tensor | None,
     alone: bool = True,
 ) -> None:
@@ -93,16 +102,10 @@ def check_batch_norm(
     """
     if x.dim() < 2:
         raise ValueError(f"x: expected rank 2 or more, [N, C, ...], got shape {list(x.shape)}")
-    channels = x.size(1)
-    if running_mean is not None:
-        check_per_channel("running_mean", running_mean, x, channels)
-    if running_var is not None:
-        check_per_channel("running_var", running_var, x, channels)
-    if weight is not None:
-        check_per_channel("weight", weight, x, channels)
-    if bias is not None:
-        check_per_channel("bias", bias, x, channels)
+    check_vectors(x, x.size(1), running_mean, running_var, weight, bias)
+    check_eps(eps, training)
     if training:
+        channels = x.size(1)
         if alone and x.numel() == channels and channels > 0:  # torch's own error, word for word
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         if num_batches_tracked is not None:
@@ -112,6 +115,29 @@ def check_batch_norm(
     elif running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing}: expected a tensor with training=False, got None")
+
+
+def check_vectors(
+    x: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Check the per-channel tensors of a batch normalization; ``x`` stands for dtype and device alone."""
+    vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, vector in vectors:
+        if vector is not None:
+            check_per_channel(name, vector, x, channels)
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Raise unless ``eps`` is positive; in evaluation it may be 0. In torch's own words."""
+    if training and eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
 
 
 def check_residual(residual: object, x: Tensor, y_shape: torch.Size) -> None:
@@ -140,19 +166,31 @@ def checked_group(process_group: object) -> ProcessGroup | None:
     return process_group if process_group.size() > 1 else None
 
 
+def check_residual_dtype(residual: Tensor, x: Tensor) -> None:
+    """Raise unless ``residual`` has the dtype of ``x``: autocast alone may mix them."""
+    if residual.dtype is not x.dtype:
+        raise TypeError(f"residual: expected {x.dtype}, the dtype of x, got {residual.dtype}")
+
+
+_SPATIAL = {3: "L", 4: "H, W", 5: "D, H, W"}
+
+
 def check_convolution(x: Tensor, conv_weight: object, conv_bias: object, groups: int, autocast: bool) -> None:
-    """Raise unless the tensors fit a two-dimensional convolution. ``x`` must have passed ``check_data``."""
+    """Raise unless the tensors fit a convolution of one to three dimensions. ``x`` must have passed ``check_data``."""
     check_data("conv_weight", conv_weight)
     assert isinstance(conv_weight, Tensor)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected rank 4, [N, C, H, W], got shape {list(x.shape)}")
-    if conv_weight.dim() != 4:
-        raise ValueError(f"conv_weight: expected rank 4, [K, C / groups, R, S], got shape {list(conv_weight.shape)}")
+    rank = conv_weight.dim()
+    if rank not in _SPATIAL:
+        wanted = "rank 3, 4 or 5, [K, C / groups, *kernel_size]"
+        raise ValueError(f"conv_weight: expected {wanted}, got shape {list(conv_weight.shape)}")
+    if x.dim() != rank:
+        raise ValueError(f"x: expected rank {rank}, [N, C, {_SPATIAL[rank]}], got shape {list(x.shape)}")
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups: expected a positive integer, got {groups!r}")
-    if x.size(1) != conv_weight.size(1) * groups:
-        wanted = conv_weight.size(1) * groups
-        raise ValueError(f"x: expected {wanted} channels, conv_weight.size(1) * groups, got shape {list(x.shape)}")
+    channels = conv_weight.size(1) * groups
+    if x.size(1) != channels:
+        wanted = f"{channels} channels, conv_weight.size(1) * groups"
+        raise ValueError(f"x: expected {wanted}, got shape {list(x.shape)}")
     _check_like_x("conv_weight", conv_weight, x, autocast)
     if conv_bias is not None:
         check_data("conv_bias", conv_bias)
@@ -161,6 +199,17 @@ def check_convolution(x: Tensor, conv_weight: object, conv_bias: object, groups:
             shape = f"[{conv_weight.size(0)}], one per output channel"
             raise ValueError(f"conv_bias: expected shape {shape}, got {list(conv_bias.shape)}")
         _check_like_x("conv_bias", conv_bias, x, autocast)
+
+
+def check_padding(padding: Size | str, stride: Size) -> None:
+    """Raise unless a ``padding`` given by name is one that torch knows and that goes with ``stride``."""
+    if not isinstance(padding, str):
+        return
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding: expected 'same', 'valid' or numbers, got {padding!r}")
+    steps = (stride,) if isinstance(stride, int) else stride
+    if padding == "same" and any(step != 1 for step in steps):
+        raise ValueError(f"padding: 'same' needs a stride of 1, got stride {stride}")
 
 
 def _check_like_x(name: str, value: Tensor, x: Tensor, autocast: bool) -> None:

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution: ATen's, but for fp16 on CPUs that lack fp16 arithmetic."""
+"""Convolutions of one to three dimensions: ATen's, but for fp16 on CPUs that lack fp16 arithmetic."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = int | tuple[int, int]
+from deepops._checks import Size, transforms_active
 
 # oneDNN runs fp16 convolutions natively only on CPUs with AMX or AVX512-FP16; its weight gradient never does.
 _NATIVE_HALF: bool = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
+_BY_RANK: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
-def pair(value: Size) -> tuple[int, int]:
-    """``(value, value)`` unless ``value`` is a pair already."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+def per_dimension(value: Size, weight: Tensor) -> tuple[int, ...]:
+    """``value`` for each spatial dimension of ``weight`` (``[K, C / groups, ...]``)."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * (weight.dim() - 2) if len(values) == 1 else values
 
 
 def convolution(
-    x: Tensor,  # [N, C, H, W]
-    weight: Tensor,  # [K, C / groups, R, S]
+    x: Tensor,  # [N, C, ...], one to three spatial dimensions
+    weight: Tensor,  # [K, C / groups, ...]
     bias: Tensor | None,  # [K]
     stride: Size,
     padding: Size | str,
     dilation: Size,
     groups: int,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d``; fp16 on a CPU is computed in fp32 where oneDNN would run its reference kernel."""
+    """``torch.nn.functional.conv2d``, ``conv1d`` or ``conv3d``, by the rank of ``weight``.
+
+    fp16 on a CPU is computed in fp32 where oneDNN would run its reference kernel.
+    """
     if x.device.type == "cpu":
         half = x.dtype is torch.float16
         if torch.is_autocast_enabled("cpu"):
             half = torch.get_autocast_dtype("cpu") is torch.float16 and x.dtype is not torch.float64
-        if half:
+        if half and (torch.compiler.is_compiling() or not transforms_active()):
             return _half_convolution(x, weight, bias, stride, padding, dilation, groups)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _BY_RANK[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
 
 
 def _half_convolution(
@@ -47,18 +53,21 @@ def _half_convolution(
     if isinstance(padding, str):
         x, padding = pad_explicitly(x, weight, padding, dilation)
     apply: Callable[..., Tensor] = HalfConvolution.apply
-    return apply(x, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
+    sizes = (per_dimension(value, weight) for value in (stride, padding, dilation))
+    return apply(x, weight, bias, *sizes, groups)
 
 
-def pad_explicitly(x: Tensor, weight: Tensor, padding: str, dilation: Size) -> tuple[Tensor, tuple[int, int]]:
+def pad_explicitly(x: Tensor, weight: Tensor, padding: str, dilation: Size) -> tuple[Tensor, tuple[int, ...]]:
     """Turn ``"same"`` or ``"valid"`` into numbers; pads ``x`` itself where the two sides differ."""
+    none = (0,) * (weight.dim() - 2)
     if padding == "valid":
-        return x, (0, 0)
-    totals = [d * (k - 1) for d, k in zip(pair(dilation), weight.shape[2:], strict=True)]
+        return x, none
+    totals = [d * (k - 1) for d, k in zip(per_dimension(dilation, weight), weight.shape[2:], strict=True)]
     if all(total % 2 == 0 for total in totals):
-        return x, (totals[0] // 2, totals[1] // 2)
-    height, width = totals
-    return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2]), (0, 0)
+        return x, tuple(total // 2 for total in totals)
+    # F.pad takes the last dimension first; torch puts the odd one at the end.
+    sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return F.pad(x, sides), none
 
 
 class HalfConvolution(torch.autograd.Function):
@@ -74,19 +83,20 @@ class HalfConvolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
         groups: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_size = None if bias is None else list(bias.shape)
         ctx.options = (stride, padding, dilation, groups)
         with torch.autocast("cpu", enabled=False):
+            convolve = _BY_RANK[weight.dim()]
             if _NATIVE_HALF:
-                return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+                return convolve(x, weight, bias, stride, padding, dilation, groups)
             wide_bias = None if bias is None else bias.float()
-            return F.conv2d(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups).half()
+            return convolve(x.float(), weight.float(), wide_bias, stride, padding, dilation, groups).half()
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,7 +111,7 @@ class HalfConvolution(torch.autograd.Function):
             padding,
             dilation,
             False,
-            [0, 0],
+            [0] * len(stride),
             groups,
             ctx.needs_input_grad[:3],
         )

@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from deepops import _fake, reference
 from deepops._autograd import ARGUMENTS, BatchNormAct, inverse_std, memory_format_of
 from deepops._checks import (
+    Size,
     autocast_enabled,
     check_activation,
     check_batch_norm,
     check_convolution,
     check_data,
+    check_padding,
     check_residual,
+    check_residual_dtype,
     checked_group,
     statistics_dtype,
+    transforms_active,
 )
 from deepops._convolution import convolution
+from deepops._folding import conv_act, fold, folds_with_gradients
 from deepops._library import binaries, gpu_not_covered, has_kernel
 from deepops._sync import synchronized
 
@@ -46,7 +50,7 @@ if hasattr(torch.ops.deepops, "batch_norm_act_train"):
 # Looked up once: a dictionary is something torch.compile can trace.
 _KERNEL_ON = {device: has_kernel("batch_norm_act_train", device) for device in ("cpu", "cuda")}
 _warned: set[str] = set()
-# Function.apply first asks whether torch.func is at work. _sees_all has asked already: 4 us less a call.
+# Function.apply first asks whether torch.func is at work. _fit has asked already: 4 us less a call.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormAct).apply
 _traceable_apply: Callable[..., Tensor] = BatchNormAct.apply
 
@@ -117,10 +121,10 @@ def batch_norm_act(
         check_data("x", x)
         vectors = (running_mean, running_var, num_batches_tracked)
         return _in_group(x, residual, weight, bias, None, *vectors, settings, process_group)
-    if _fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
+    if _fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
         return _run(x, residual, weight, bias, None, running_mean, running_var, num_batches_tracked, settings)
     check_data("x", x)
-    check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
+    check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if residual is not None:
         check_residual(residual, x, x.shape)
     return _batch_norm_act(x, residual, weight, bias, None, running_mean, running_var, num_batches_tracked, settings)
@@ -138,9 +142,9 @@ def conv_bn_act(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     activation: str = "relu",
     negative_slope: float = 0.01,
@@ -149,19 +153,24 @@ def conv_bn_act(
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """``batch_norm_act`` of a two-dimensional convolution; for the other arguments see there.
+    """``batch_norm_act`` of a convolution with one to three spatial dimensions; for the other arguments see there.
 
-    The convolution is PyTorch's own and takes part in autocast like ``torch.nn.functional.conv2d``. The backward keeps
-    ``x``, the weights and one tensor of the size of the output (stock modules keep two). Batch statistics remove
-    ``conv_bias`` again, so with ``training`` it is never added: the running mean gets it and its gradient is exactly 0.
+    The convolution is PyTorch's own and takes part in autocast like ``torch.nn.functional.conv2d``; the rank of
+    ``conv_weight`` says whether it is ``conv1d``, ``conv2d`` or ``conv3d``. The backward keeps ``x``, the weights and
+    one tensor of the size of the output (stock modules keep two).
+
+    With ``training``, batch statistics remove ``conv_bias`` again, so it is never added: the running mean gets it and
+    its gradient is exactly 0. Without (frozen batch normalization) and where gradients are wanted, but none for
+    ``weight`` and ``bias``, these and the running statistics are folded into the weights of the convolution: there is
+    no pass of batch normalization, forward or backward, and the tensor kept is the output itself for the ReLU family.
 
     Args:
-        x: ``[N, C, H, W]``.
-        conv_weight: ``[K, C / groups, R, S]``, dtype of ``x``.
+        x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.
+        conv_weight: ``[K, C / groups, *kernel_size]``, dtype of ``x``.
         conv_bias: ``[K]`` or None.
         running_mean, running_var, weight, bias: ``[K]``.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-        residual: shape of the output, ``[N, K, H', W']``.
+        residual: shape of the output, ``[N, K, ...]``.
 
     >>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
     >>> conv_bn_act(x, w, None, None, None, training=True, padding=1).shape
@@ -170,15 +179,25 @@ def conv_bn_act(
     check_data("x", x)
     check_activation(activation, approximate)
     check_convolution(x, conv_weight, conv_bias, groups, autocast_enabled(x))
-    y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
+    check_padding(padding, stride)
+    geometry = (stride, padding, dilation, groups)
+    if (
+        not training
+        and running_mean is not None
+        and running_var is not None
+        and folds_with_gradients(x, weight, bias, conv_weight, conv_bias, residual)
+    ):
+        folded, folded_bias = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
+        return conv_act(x, folded, folded_bias, residual, *geometry, activation, negative_slope, approximate)
+    y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
     settings = (training, momentum, eps, activation, negative_slope, approximate, None)
     shift = conv_bias if training else None
     if process_group is not None and training:
         vectors = (running_mean, running_var, num_batches_tracked)
         return _in_group(y, residual, weight, bias, shift, *vectors, settings, process_group)
-    if _fit(y, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
+    if _fit(y, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
         return _run(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
-    check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
+    check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if residual is not None:
         check_residual(residual, x, y.shape)
     return _batch_norm_act(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
@@ -198,11 +217,11 @@ def _in_group_impl(
 ) -> Tensor:
     """``_batch_norm_act`` in training with a process group; checks everything but ``x`` and the activation."""
     group = checked_group(process_group)
-    if group is not None and not _sees_all():
+    if group is not None and transforms_active():
         raise RuntimeError("process_group: torch.func and forward-mode differentiation do not reach other processes")
-    _, momentum, *_ = settings
+    _, momentum, eps, *_ = settings
     check_batch_norm(
-        x, running_mean, running_var, weight, bias, True, momentum, num_batches_tracked, alone=group is None
+        x, running_mean, running_var, weight, bias, True, momentum, eps, num_batches_tracked, alone=group is None
     )
     if residual is not None:
         check_residual(residual, x, x.shape)
@@ -230,19 +249,15 @@ def _fit(
     num_batches_tracked: Tensor | None,
     training: bool,
     momentum: float | None,
+    eps: float,
 ) -> bool:
     """Whether the compiled ops can take these very tensors: the usual case. False says nothing: look closer."""
-    if ARGUMENTS is None or torch.compiler.is_compiling() or not _sees_all():
+    if ARGUMENTS is None or torch.compiler.is_compiling() or transforms_active():
         return False
-    if momentum is None and num_batches_tracked is None:
+    if (momentum is None and num_batches_tracked is None) or eps <= 0:
         return False
     fit: bool = ARGUMENTS.fit(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training)
     return fit
-
-
-def _sees_all() -> bool:
-    """Whether a compiled op computes all that is asked for: torch.func and forward-mode AD do not see into one."""
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
 def _batch_norm_act(
@@ -259,7 +274,7 @@ def _batch_norm_act(
     """``batch_norm_act`` of ``x + shift`` with checked arguments. ``shift`` (``[C]``): only with ``training``."""
     if residual is not None and residual.dtype is not x.dtype:
         if not autocast_enabled(x):
-            raise TypeError(f"residual: expected {x.dtype}, the dtype of x, got {residual.dtype}")
+            check_residual_dtype(residual, x)  # raises
         # Under autocast the sum has the wider dtype, as with torch's own modules.
         wide = torch.promote_types(residual.dtype, x.dtype)
         x, residual = x.to(wide), residual.to(wide)
@@ -278,7 +293,7 @@ def _kernel_applies(x: Tensor) -> bool:
         if device not in _warned:
             _warn_once(device, reason)
         return False
-    return torch.compiler.is_compiling() or _sees_all()
+    return torch.compiler.is_compiling() or not transforms_active()
 
 
 def _kernel(
@@ -374,6 +389,11 @@ def _plain(
         vectors = (running_mean, running_var, num_batches_tracked)
         y = _plain(shifted, residual, weight, bias, None, *vectors, settings).to(x.dtype)
         return y + shift[:0].sum().to(y.dtype)
+    if training and running_mean is not None and _is_batched(x) and not _is_batched(running_mean):
+        raise RuntimeError(  # torch's own condition
+            "running_mean: expected a batched tensor, as x is one under torch.vmap, got one for all; give None for the "
+            "running statistics, or set track_running_stats=False on the module"
+        )
     if training and x.numel() == 0 and group is None:
         # As torch: an empty batch has no statistics, so the running ones stay; weight and bias get zero gradients.
         if num_batches_tracked is not None:
@@ -405,6 +425,11 @@ def _plain(
         if shift.requires_grad and torch.is_grad_enabled():
             y = y + shift[:0].sum().to(y.dtype)  # a sum of nothing, so that the gradient of shift is 0 and not None
     return y
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for several, inside ``torch.vmap``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _count_writes(*written: Tensor | None) -> None:

@@ -284,3 +284,19 @@ def make_layouts(t: Tensor) -> dict[str, Tensor]:
     if t.shape[0]:
         layouts["expanded"] = t[:1].clone().expand(t.shape)
     return layouts
+
+
+# Where the derivatives of activations jump. Rounding may put a value on either side: an error of order 1 in a gradient
+# that nobody is to blame for.
+_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
+
+def away_from_kinks(grad_y: Tensor, before: Tensor, activation: str, margin: float = 0.1) -> Tensor:
+    """``grad_y`` with zeros where ``before``, the activation's input, is within ``margin`` of a jump of its derivative.
+
+    >>> away_from_kinks(torch.ones(3), torch.tensor([-1.0, 0.01, 1.0]), "relu")
+    tensor([1., 0., 1.])
+    """
+    for kink in _KINKS.get(activation, ()):
+        grad_y = grad_y.masked_fill((before - kink).abs() < margin, 0)
+    return grad_y

@@ -1,18 +1,21 @@
-"""What the tests of the command line share: IDX files, and the command as a process."""
+"""What the tests of the command line share: IDX files, and the command, called or as a process."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import deepops
+from deepops.cli import main
 
 PACKAGES = Path(deepops.__file__).parent.parent  # a process imports the deepops that is tested here
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -33,6 +36,13 @@ def write_idx(folder: Path, *, prefix: str = "", gz: bool = False, side: int = 2
             content = idx_bytes(data)
             path = folder / f"{prefix}{name}{'.gz' if gz else ''}"
             path.write_bytes(gzip.compress(content) if gz else content)
+
+
+def report_of(out: Path, name: str, *options: str) -> dict[str, Any]:
+    """The report ``name`` that ``deepops train`` with these options has written into the folder ``out``."""
+    assert main(["train", *options, "--out", str(out)]) == 0
+    report: dict[str, Any] = json.loads((out / name).read_text())
+    return report
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -9,9 +9,11 @@ import optim_cases
 import pytest
 import simt
 import torch
+from cli_tools import write_idx
 
-from deepops import _library
+from deepops import _library, testing
 from deepops.optim._base import FusedStep
+from deepops.testing import use_threads
 
 
 def _require(backend: str) -> None:
@@ -50,6 +52,13 @@ def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return backend
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests on small tensors: a second thread costs more than it brings."""
+    with use_threads(1):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
     """Seed each test alike and give back what it may have changed: generators, thread count, instruction set."""
@@ -61,3 +70,19 @@ def _fixed_state() -> Iterator[None]:
     torch.set_num_threads(threads)
     if _library._C is not None:
         _library._C.set_cpu_isa(isa)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of results, not speed: small tensors on several threads crawl on a busy machine."""
+    with testing.use_threads(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with IDX files of 12 images to train and 5 to test."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    write_idx(folder, gz=True)
+    return str(folder)

@@ -273,6 +273,21 @@ def assert_same_bits(a, b):
             assert torch.equal(x.signbit() | x.isnan(), y.signbit() | y.isnan()), "0 and -0"
 
 
+def assert_same_bits_each_time(run, *settings):
+    """run() gives the same bits under each of these settings, (instruction set, threads)."""
+    results = []
+    for isa, threads in settings:
+        with testing.use_isa(isa), testing.use_threads(threads):
+            results.append(run())
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def on_every_machine():
+    """Settings for that: every instruction set that this machine has, and the last one on three threads."""
+    return [*((isa, 1) for isa in testing.isas()), (testing.isas()[-1], 3)]
+
+
 def assert_alike(ours, stock, a, b):
     """Parameters and states as torch has them, within torch's own tolerances."""
     torch.testing.assert_close(ours, stock)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_tools import start, write_idx
+from cli_tools import start
 from torch import Tensor
 
 import deepops
@@ -18,21 +18,7 @@ from deepops import _library, testing
 from deepops._build_info import build_info
 from deepops.cli import check_ops, errors, main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tests are about results, not speed, and small tensors on several threads crawl on a busy machine."""
-    with testing.use_threads(1):
-        yield
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> str:
-    """A folder with IDX files of a few images."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    write_idx(folder, gz=True)
-    return str(folder)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- wrong requests --------------------------------------------------------------------------------------------------
@@ -75,10 +61,11 @@ def test_no_gpu_is_one_line(capsys: Any) -> None:
     assert "--device cuda: not available here" in capsys.readouterr().err
 
 
-def test_a_truncated_file_is_one_line(tiny: str, capsys: Any) -> None:
-    path = Path(tiny, "t10k-images-idx3-ubyte.gz")
+def test_a_truncated_file_is_one_line(tiny: str, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    assert main(["train", "--data", tiny]) == 2
+    assert main(["train", "--data", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"deepops train: {path}: truncated gzip file\n"
 
 

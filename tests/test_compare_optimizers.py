@@ -7,16 +7,14 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_tools import write_idx
+from cli_tools import report_of
 
-from deepops import testing
 from deepops.cli import compare_optimizers, main
 from deepops.cli.compare_optimizers import RULES, Comparison, Run
 from deepops.cli.data import load_data, with_label_noise
@@ -31,26 +29,12 @@ SHORT = (
 TIMES = ("update_ms", "step_ms")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tests are about results, not speed, and small tensors on several threads crawl on a busy machine."""
-    with testing.use_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with IDX files of 12 images to train and 5 to test."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    folder.mkdir()
-    write_idx(folder)
-    return str(folder)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:
     """``deepops train --compare-optimizers`` into ``out``; the report."""
-    assert main(["train", "--compare-optimizers", *options, "--out", str(out)]) == 0
-    return json.loads((out / "optimizers.json").read_text())
+    return report_of(out, "optimizers.json", "--compare-optimizers", *options)
 
 
 @pytest.fixture(scope="module")

@@ -161,3 +161,16 @@ def test_swap_layers_with_a_shared_activation() -> None:
     assert model[2] is relu
     assert model[5] is relu
     assert model[0].activation == "identity"
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_swap_layers_in_one_and_three_dimensions(dims: int) -> None:
+    conv, bn = (getattr(nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm"))
+    other = nn.BatchNorm2d(4)
+    stock = nn.Sequential(conv(2, 4, 3), bn(4), nn.SiLU(), conv(4, 4, 1), other)
+    model = copy.deepcopy(stock)
+    assert swap_layers(model) == ["0"]  # the second pair does not go together
+    assert type(model[0]).__name__ == f"ConvBNAct{dims}d"
+    x = torch.randn(4, 2, *[6] * dims)
+    torch.testing.assert_close(model[:4](x), stock[:4](x))
+    stock.load_state_dict(map_state_dict(model.state_dict(), model, stock))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,16 +16,9 @@ import deepops.functional
 from deepops import _convolution, reference
 from deepops._library import has_kernel
 from deepops.functional import batch_norm_act, conv_bn_act
-from deepops.testing import assert_close_to_oracle, make_layouts, saved_storages, use_threads
+from deepops.testing import assert_close_to_oracle, make_layouts, saved_storages
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: a second thread costs more than it brings."""
-    with use_threads(1):
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernel = pytest.mark.skipif(not has_kernel("batch_norm_act_train", "cpu"), reason="no compiled kernels")
 
 # name, negative_slope, approximate
@@ -469,6 +462,8 @@ BAD_BATCH_NORM: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "residual: expected torch.float32, the dtype of x, got torch.float16",
     ),
     "residual device": ({"residual": torch.ones(4, 3, 5, 6, device="meta")}, ValueError, "residual: expected device"),
+    "eps": ({"eps": 0.0}, ValueError, "batch_norm eps must be positive during training, but got 0.0"),
+    "negative eps": ({"eps": -1.0, "training": False}, ValueError, "batch_norm eps must be non-negative, but got -1.0"),
     "no statistics": ({"training": False, "running_var": None}, ValueError, "running_var: expected a tensor"),
     "one value": ({"x": torch.ones(1, 3, 1, 1)}, ValueError, "Expected more than 1 value per channel when training"),
 }
@@ -497,10 +492,14 @@ def test_one_value_per_channel_is_torchs_own_error() -> None:
 
 BAD_CONVOLUTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x type": ({"x": None}, TypeError, "x: expected a torch.Tensor, got NoneType"),
-    "x rank": ({"x": torch.ones(3, 6, 6)}, ValueError, r"x: expected rank 4.* got shape \[3, 6, 6\]"),
+    "x rank": ({"x": torch.ones(3, 6, 6)}, ValueError, r"x: expected rank 4, \[N, C, H, W\], got shape \[3, 6, 6\]"),
+    "x rank 5": ({"x": torch.ones(2, 3, 6, 6, 6)}, ValueError, r"x: expected rank 4, .* got shape \[2, 3, 6, 6, 6\]"),
     "x channels": ({"x": torch.ones(2, 4, 6, 6)}, ValueError, r"x: expected 3 channels.* got shape \[2, 4, 6, 6\]"),
     "weight type": ({"conv_weight": 1}, TypeError, "conv_weight: expected a torch.Tensor, got int"),
-    "weight rank": ({"conv_weight": torch.ones(5, 3)}, ValueError, "conv_weight: expected rank 4"),
+    "weight rank": ({"conv_weight": torch.ones(5, 3)}, ValueError, "conv_weight: expected rank 3, 4 or 5"),
+    "padding": ({"padding": "full"}, ValueError, "padding: expected 'same', 'valid' or numbers, got 'full'"),
+    "same and stride": ({"padding": "same", "stride": (1, 2)}, ValueError, r"'same' needs .* got stride \(1, 2\)"),
+    "eps": ({"eps": 0.0}, ValueError, "batch_norm eps must be positive during training, but got 0.0"),
     "weight dtype": (
         {"conv_weight": torch.ones(5, 3, 3, 3).double()},
         TypeError,

@@ -6,15 +6,13 @@ import argparse
 import csv
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_tools import write_idx
+from cli_tools import report_of
 
-from deepops import testing
 from deepops.cli import flow_report, gradient_flow, main
 from deepops.cli.data import load_data
 
@@ -22,26 +20,12 @@ NETWORKS = ["cnn", "cnn without batch norm", "deep sigmoid net", "deep tanh net 
 SHORT = ("--epochs", "2", "--batch-size", "6")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tests are about results, not speed, and small tensors on several threads crawl on a busy machine."""
-    with testing.use_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with IDX files of 12 images to train and 5 to test."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    folder.mkdir()
-    write_idx(folder)
-    return str(folder)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:
     """``deepops train --gradient-flow`` into ``out``; the report."""
-    assert main(["train", "--gradient-flow", *options, "--out", str(out)]) == 0
-    return json.loads((out / "gradient_flow.json").read_text())
+    return report_of(out, "gradient_flow.json", "--gradient-flow", *options)
 
 
 def read_csv(out: Path) -> list[dict[str, str]]:

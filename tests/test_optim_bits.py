@@ -8,6 +8,7 @@ from backends import device
 from optim_cases import (
     SHAPES,
     assert_same_bits,
+    assert_same_bits_each_time,
     each_dtype,
     each_kernel,
     each_kind,
@@ -17,6 +18,7 @@ from optim_cases import (
     give_grads,
     make,
     on_every_backend,
+    on_every_machine,
     only_on_cpu,
     train,
 )
@@ -31,15 +33,13 @@ pytestmark = on_every_backend
 @each_dtype
 @each_option(count=4)
 def test_same_bits_on_every_instruction_set(kind, options, dtype):
-    results = []
-    for isa in testing.isas():
+    def run():
         params = make(dtype=dtype)
         optimizer = kind.ours(params, **options)
-        with testing.use_isa(isa):
-            train(optimizer, params)
-        results.append(everything(optimizer, params))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+        train(optimizer, params)
+        return everything(optimizer, params)
+
+    assert_same_bits_each_time(run, *on_every_machine())
 
 
 @only_on_cpu
@@ -76,15 +76,13 @@ def test_division_by_the_bias_correction_is_exact(beta2, dtype):
 @each_dtype
 @each_kernel
 def test_same_bits_on_any_number_of_threads_and_twice(kind, dtype):
-    results = []
-    for threads in (1, 2, 2, 3):
+    def run():
         params = make([*SHAPES, (100_000,)], dtype)
         optimizer = kind.ours(params, **kind.rich)
-        with testing.use_threads(threads):
-            train(optimizer, params)
-        results.append(everything(optimizer, params))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+        train(optimizer, params)
+        return everything(optimizer, params)
+
+    assert_same_bits_each_time(run, *((testing.isas()[-1], threads) for threads in (1, 2, 2, 3)))
 
 
 @each_dtype

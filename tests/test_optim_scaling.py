@@ -41,6 +41,26 @@ def spoil(param, value):
 HISTORY = [INF, None, None, NAN, -INF, None, NAN, None]
 
 
+def each_step(history, scaler, a, params, b, alone):
+    """Steps of ``a`` through the scaler, and of ``b`` without one wherever the history has nothing bad.
+
+    Both get the same gradients; those of ``params`` are for the caller to spoil with what this yields: number of the
+    step, what is bad. A bad step must leave ``a`` as it was, and in the end both must have the same bits.
+    """
+    for seed, bad in enumerate(history):
+        give_grads(params, seed=seed, scale=scaler.get_scale())
+        give_grads(alone, seed=seed)
+        before = snapshot(a, params)
+        yield seed, bad
+        scaler.step(a)
+        scaler.update()
+        if bad is None:
+            b.step()
+        else:
+            assert_untouched(before, snapshot(a, params))
+    assert_same(snapshot(a, params), snapshot(b, alone))
+
+
 @every_scaler
 @every_case
 @pytest.mark.parametrize(("odd", "targets"), [((), (0, 2, 6)), ((2, 6), (2, 3))], ids=["kernel", "mixed"])
@@ -51,22 +71,14 @@ def test_overflow_changes_nothing(case, scaler_class, odd, targets):
         a, b, c = ours(case, params), ours(case, alone), stock(case, judge)
         scaler = make_scaler(scaler_class, growth_interval=2)
         reference = make_scaler(torch.amp.GradScaler, growth_interval=2)
-        for seed, bad in enumerate(HISTORY):
+        for seed, bad in each_step(HISTORY, scaler, a, params, b, alone):
             assert scaler.state_dict() == reference.state_dict()
-            give_grads(params, judge, seed=seed, scale=scaler.get_scale())
-            give_grads(alone, seed=seed)
-            before = snapshot(a, params)
+            give_grads(judge, seed=seed, scale=scaler.get_scale())
             if bad is not None:
                 spoil(params[target], bad)
                 spoil(judge[target], bad)
-            for optimizer, its in ((a, scaler), (c, reference)):
-                its.step(optimizer)
-                its.update()
-            if bad is None:
-                b.step()
-            else:
-                assert_untouched(before, snapshot(a, params))
-        assert_same(snapshot(a, params), snapshot(b, alone))
+            reference.step(c)
+            reference.update()
 
 
 @every_case
@@ -75,19 +87,9 @@ def test_overflow_of_a_complex_gradient(case, dtype):
     """Of its imaginary part; torch's scaler has no check for complex gradients."""
     params, alone = make([(5,), (3, 3)], dtype), make([(5,), (3, 3)], dtype)
     a, b, scaler = ours(case, params), ours(case, alone), make_scaler(deepops.amp.GradScaler)
-    for seed, bad in enumerate((INF, None, NAN, None)):
-        give_grads(params, seed=seed, scale=scaler.get_scale())
-        give_grads(alone, seed=seed)
-        before = snapshot(a, params)
+    for _, bad in each_step((INF, None, NAN, None), scaler, a, params, b, alone):
         if bad is not None:
             torch.view_as_real(params[1].grad)[2, 2, 1] = bad
-        scaler.step(a)
-        scaler.update()
-        if bad is None:
-            b.step()
-        else:
-            assert_untouched(before, snapshot(a, params))
-    assert_same(snapshot(a, params), snapshot(b, alone))
 
 
 @every_scaler
@@ -96,20 +98,11 @@ def test_overflow_of_a_sparse_gradient(scaler_class, bad):
     """Which SGD takes torch's path for."""
     params, alone = make([(4, 3), (5,)]), make([(4, 3), (5,)])
     a, b, scaler = ours("sgd-momentum", params), ours("sgd-momentum", alone), make_scaler(scaler_class)
-    for seed, values in enumerate(([bad, 1.0], [1.0, 2.0], [2.0, bad], [3.0, 1.0])):
-        before = snapshot(a, params)
-        give_grads(params, seed=seed, scale=scaler.get_scale())
-        give_grads(alone, seed=seed)
+    for seed, spoils in each_step((bad, None, bad, None), scaler, a, params, b, alone):
         for param, scale in ((params[0], scaler.get_scale()), (alone[0], 1.0)):
-            rows = torch.tensor(values, device=param.device)[:, None].expand(2, 3) * scale
+            rows = torch.tensor([1.0 + seed, 2.0 if spoils is None else bad], device=param.device)
+            rows = rows[:, None].expand(2, 3) * scale
             param.grad = torch.sparse_coo_tensor([[0, 2]], rows, (4, 3), device=param.device, check_invariants=True)
-        scaler.step(a)
-        scaler.update()
-        if bad in values or any(value != value for value in values):
-            assert_untouched(before, snapshot(a, params))
-        else:
-            b.step()
-    assert_same(snapshot(a, params), snapshot(b, alone))
 
 
 @every_scaler
@@ -117,18 +110,11 @@ def test_a_late_parameter_starts_with_its_first_good_gradient(scaler_class):
     """Of SGD's momentum buffer, which torch's fused SGD leaves uninitialised here."""
     params, alone = make([(5,), (6,)]), make([(5,), (6,)])
     a, b, scaler = ours("sgd-momentum", params), ours("sgd-momentum", alone), make_scaler(scaler_class)
-    for seed, bad in enumerate((None, INF, None, None)):
-        give_grads(params, seed=seed, scale=scaler.get_scale())
-        give_grads(alone, seed=seed)
+    for seed, bad in each_step((None, INF, None, None), scaler, a, params, b, alone):
         if seed == 0:
             params[1].grad = alone[1].grad = None
         if bad is not None:
             spoil(params[1], bad)
-        scaler.step(a)
-        scaler.update()
-        if bad is None:
-            b.step()
-    assert_same(snapshot(a, params), snapshot(b, alone))
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -141,17 +127,10 @@ def test_a_power_of_two_changes_no_bit(case, scaler_class, dtype):
     """Other dtypes than float32, which is above; gradients of float16 parameters are float16 too."""
     params, alone = make(dtype=dtype), make(dtype=dtype)
     a, b, scaler = ours(case, params), ours(case, alone), make_scaler(scaler_class, 8.0)
-    for seed, bad in enumerate((None, INF, None)):
-        give_grads(params, seed=seed, scale=scaler.get_scale())
-        give_grads(alone, seed=seed)
+    for _, bad in each_step((None, INF, None), scaler, a, params, b, alone):
         if bad is not None:
             spoil(params[3], bad)
-        scaler.step(a)
-        scaler.update()
-        if bad is None:
-            b.step()
     assert scaler.get_scale() == 4.0
-    assert_same(snapshot(a, params), snapshot(b, alone))
 
 
 @every_scaler

@@ -14,6 +14,7 @@ from optim_cases import (
     SIXTEEN,
     assert_alike,
     assert_same_bits,
+    assert_same_bits_each_time,
     each_kernel,
     each_kind,
     each_option,
@@ -21,14 +22,13 @@ from optim_cases import (
     give_grads,
     make,
     on_every_backend,
+    on_every_machine,
     only_on_cpu,
     snapshot,
     states,
     train,
     train_together,
 )
-
-from deepops import testing
 
 pytestmark = on_every_backend
 
@@ -298,14 +298,12 @@ def test_a_model_loaded_after_its_optimizer_was_made(dtype, master):
 @each_sixteen
 @each_kind
 def test_same_bits_with_masters_on_any_instruction_set_and_threads(kind, dtype, master):
-    results = []
-    for isa, threads in [*((isa, 1) for isa in testing.isas()), (testing.isas()[-1], 3)]:
+    def run():
         a, params, *_ = start(kind, dtype, master, shapes=[*SHAPES, (100_001,)])
-        with testing.use_isa(isa), testing.use_threads(threads):
-            train(a, params, 2)
-        results.append(everything(a, params))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+        train(a, params, 2)
+        return everything(a, params)
+
+    assert_same_bits_each_time(run, *on_every_machine())
 
 
 @each_master

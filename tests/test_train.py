@@ -6,13 +6,12 @@ import argparse
 import json
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_tools import start, write_idx
+from cli_tools import report_of, start
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,17 +43,12 @@ class PlainCNN(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tests are about results, not speed, and small tensors on several threads crawl on a busy machine."""
-    with testing.use_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:
     """``deepops train`` into ``out``; the report."""
-    assert main(["train", *options, "--out", str(out)]) == 0
-    return json.loads((out / "report.json").read_text())
+    return report_of(out, "report.json", *options)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +56,6 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     """One comparison on random images."""
     out = tmp_path_factory.mktemp("synthetic")
     return run(out, "--data", "synthetic", "--epochs", "2", "--seed", "5"), out
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> str:
-    """A folder with IDX files of a few images."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    write_idx(folder, gz=True)
-    return str(folder)
 
 
 def test_report_says_what_was_run_and_what_came_out(synthetic: tuple[dict[str, Any], Path]) -> None:

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   const double factor = count_batch(num_batches_tracked, momentum);
   if (x.numel() == 0) {  // no statistics to take; as in torch nothing is learnt from an empty batch
     statistics.zero();
-    return {core::empty_like(x), statistics.first, statistics.second};
+    return {core::pooled_empty_like(x), statistics.first, statistics.second};
   }
 
   const BatchNormActKernels& kernel = kernels();
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
   AffineNumbers affine(p, weight, bias, scratch);
   BatchMoments moments(p, x, scratch);
   RunningStatistics running(running_mean, running_var, p.channels, scratch);
-  Tensor y = core::empty_like(x);
+  Tensor y = core::pooled_empty_like(x);
   BatchNormActForward args{};
   moments.give(args);
   affine.give(args);
@@ -58,11 +58,11 @@ Tensor eval_cpu(Tensor x, OptionalTensor residual, OptionalTensor weight, Option
                 Tensor invstd, std::string activation, double negative_slope) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope);
   check_eval(p, x, residual, weight, bias, mean, invstd);
-  if (x.numel() == 0) return core::empty_like(x);
+  if (x.numel() == 0) return core::pooled_empty_like(x);
   Scratch scratch;
   AffineNumbers affine(p, weight, bias, scratch);
   affine.set(read(mean, p.channels, 0, scratch), read(invstd, p.channels, 1, scratch), 0, p.channels);
-  Tensor y = core::empty_like(x);
+  Tensor y = core::pooled_empty_like(x);
   BatchNormActForward args{};
   args.x = x.const_data_ptr();
   args.residual = core::data_or_null(residual);

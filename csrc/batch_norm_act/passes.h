@@ -18,6 +18,7 @@
 #include "batch_norm_act/per_channel.h"
 #include "core/allocate.h"
 #include "core/checks.h"
+#include "core/memory_pool.h"
 #include "core/parallel.h"
 
 namespace deepops {
@@ -143,7 +144,7 @@ class TwoVectors {
 };
 
 inline Tensor like_x_or_empty(const Tensor& x, bool wanted) {
-  return wanted ? core::empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
+  return wanted ? core::pooled_empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
 }
 
 inline constexpr auto nothing = [](int64_t, int64_t) {};  // for run()

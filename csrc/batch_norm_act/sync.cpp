@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> input_grad_cpu(Tensor grad_y, Tensor x, OptionalTenso
                                           std::string activation, double negative_slope, bool need_residual) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   check_input_grad(p, x, grad_y, kept, weight, bias, mean, invstd, sums, count);
-  Tensor grad_x = core::empty_like(x), grad_residual = like_x_or_empty(x, need_residual);
+  Tensor grad_x = core::pooled_empty_like(x), grad_residual = like_x_or_empty(x, need_residual);
   if (x.numel() == 0) return {grad_x, grad_residual};
   Scratch scratch;
   GradientPass pass(p, grad_y, x, kept, weight, bias, mean, invstd, scratch);

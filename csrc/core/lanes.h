@@ -120,11 +120,16 @@ inline Lanes<float> shift_left_into_exponent(const Lanes<float>& value) {
 
 // ---- 16-bit conversions ---------------------------------------------------------------------------------------------
 
-// U is uint32_t or a vector of them. Round to nearest even; every NaN becomes the quiet 0x7fc0, as in torch.
+// U is uint32_t or a vector of them. The upper half is the number rounded to nearest even, unless it is NaN.
+template <class U>
+U rounded_to_upper_half(U bits) {
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// Every NaN becomes the quiet 0x7fc0, as in torch.
 template <class U>
 U bfloat16_bits_of(U bits) {
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded_to_upper_half(bits) >> 16;
 }
 
 inline float to_float(core::BFloat16 value) { return __builtin_bit_cast(float, uint32_t(value.bits) << 16); }

@@ -33,9 +33,7 @@ void attach(void* library, const std::string& backend) {
   find(library, "grad_clip", backend, grads.clip);
 }
 
-bool has_step(const std::string& kernel, const std::string& backend) {
-  return step_functions.count({kernel, backend}) != 0;
-}
+bool has_backend(const std::string& backend) { return grad_functions.count(backend) != 0; }
 
 StepFunction find_step(const std::string& kernel, const std::string& backend) {
   const auto found = step_functions.find({kernel, backend});

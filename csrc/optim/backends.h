@@ -19,7 +19,7 @@ struct GradFunctions {
 // the GPU kernels. library: from dlopen().
 void attach(void* library, const std::string& backend);
 
-bool has_step(const std::string& kernel, const std::string& backend);
+bool has_backend(const std::string& backend);
 StepFunction find_step(const std::string& kernel, const std::string& backend);
 GradFunctions find_grad_functions(const std::string& backend);
 

@@ -33,8 +33,7 @@ void bind(py::module_& m) {
         return is_dense(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
       },
       py::arg("sizes"), py::arg("strides"), "Whether a tensor fills its memory without gaps or overlaps.");
-  m.def("has_step", &has_step, py::arg("kernel"), py::arg("backend"),
-        "Whether a loaded library takes the steps of this kernel.");
+  m.def("has_backend", &has_backend, py::arg("backend"), "Whether a loaded library takes steps on this backend.");
   py::class_<ChunkPlan>(m, "ChunkPlan",
                         "How the elements of many tensors are divided into work items (csrc/optim/plan.h).")
       .def(py::init<const std::vector<int64_t>&, int64_t>(), py::arg("sizes"), py::arg("chunk") = kCpuChunk)

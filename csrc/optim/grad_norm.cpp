@@ -30,14 +30,9 @@ void norm(const StepCall& call, GradNorm* out, GradSquares* row_norms) {
   });
   GradSquares total = {};
   for (int64_t i = 0; i < call.row_count; ++i) {
-    GradSquares sum = {};
-    for (int64_t slot = plan.slots()[i]; slot < plan.slots()[i + 1]; ++slot) {
-      sum.squares += slots[slot].squares;
-      sum.non_finite += slots[slot].non_finite;
-    }
+    const GradSquares sum = optim::sum_of_row(plan, slots, i);
     if (row_norms) row_norms[i] = sum;
-    total.squares += sum.squares;
-    total.non_finite += sum.non_finite;
+    total += sum;
   }
   const double scale = call.scaling.grad_scale ? double(*call.scaling.grad_scale) : 1;
   *out = {total.squares, total.non_finite, float(std::sqrt(total.squares) / scale), total.non_finite != 0 ? 1.f : 0.f};

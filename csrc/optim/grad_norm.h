@@ -10,6 +10,12 @@ namespace deepops::optim {
 // A part of a sum of squares.
 struct GradSquares {
   double squares, non_finite;
+
+  GradSquares& operator+=(const GradSquares& part) {
+    squares += part.squares;
+    non_finite += part.non_finite;
+    return *this;
+  }
 };
 
 }  // namespace deepops::optim

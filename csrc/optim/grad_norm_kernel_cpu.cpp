@@ -1,27 +1,21 @@
 // Sums of squares and scaling of gradients, compiled once per instruction set (cmake/CpuIsa.cmake).
 #include "core/lanes.h"
-#include "optim/grad_norm.h"
+#include "optim/squares_cpu.h"
 
 namespace deepops::DEEPOPS_ISA {
 namespace {
 
-// Each of 16 lanes is a sum in double; products of fp32 numbers are exact there.
 template <class T>
 optim::GradSquares squares_of(const T* g, int64_t n) {
-  Lanes<double> squares(0.0), bad(0.0);
-  const auto add = [&](const T* p) {
-    const Lanes<double> x = widen(load_lanes(p));
-    squares += x * x;
-    bad += select((x - x) >= Lanes<double>(0.0), Lanes<double>(0.0), Lanes<double>(1.0));
-  };
+  SquaresInLanes squares;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(g + i);
+  for (; i + kLanes <= n; i += kLanes) squares.add(widen(load_lanes(g + i)));
   if (i < n) {
     T tail[kLanes] = {};
     __builtin_memcpy(tail, g + i, size_t(n - i) * sizeof(T));
-    add(tail);
+    squares.add(widen(load_lanes(tail)));
   }
-  return {sum_of_lanes(squares), sum_of_lanes(bad)};
+  return squares.sum();
 }
 
 template <class T>

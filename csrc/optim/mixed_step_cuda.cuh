@@ -336,7 +336,7 @@ DEEPOPS_DEVICE void tell(const StepArguments<Rule>& a, int64_t i, int64_t begin,
 template <class Rule>
 DEEPOPS_KERNEL(kStepThreads, kMixedBlocks<Rule>)
 mixed_step_kernel(StepArguments<Rule> a) {
-  const Scaled scaling = scaled(a.scaling);
+  const isa_gpu::Scaled scaling = scaled(a.scaling);
   if (scaling.skips && !a.facts) return;
   visit_empty(a, true, scaling.skips);
   for_each_stretch_of_warp<kStepThreads>(a.table, [&](int64_t i, int64_t begin, int64_t end) {

@@ -11,6 +11,9 @@ enum class Master : int32_t {
   low_half,  // bf16: the parameter is the upper half, rounded, and a tensor of 16-bit integers has the lower one
 };
 
+// Of an element of the master tensor, in bytes.
+DEEPOPS_HD int64_t size_of(Master kind) { return kind == Master::full ? 4 : 2; }
+
 // All tensors of a row are dense and of the same strides, so that they are walked as flat arrays. A complex tensor is
 // one of real numbers, twice as many. Step counters are fp32, as torch keeps them.
 struct alignas(16) Row {  // so that a GPU loads it 16 bytes at a time

@@ -81,7 +81,7 @@ DEEPOPS_DEVICE int gap_of_all(const Row& row, int states) {
   const auto for_each_stream = [&](auto use) {
     use(row.param, core::size_of(row.dtype));
     use(row.grad, core::size_of(row.dtype));
-    if (row.master_kind != Master::none) use(row.master, row.master_kind == Master::full ? 4 : 2);
+    if (row.master_kind != Master::none) use(row.master, size_of(row.master_kind));
 #pragma unroll
     for (int k = 0; k < Row::kStates; ++k) {
       if (states >> k & 1) use(row.state[k], core::size_of(row.state_dtype));

@@ -32,6 +32,14 @@ struct RowFacts {
   double grad_squares;                   // of the gradient as it came
   double non_finite;                     // elements of it
   double param_squares, update_squares;  // after the step; of the difference it made
+
+  RowFacts& operator+=(const RowFacts& part) {
+    grad_squares += part.grad_squares;
+    non_finite += part.non_finite;
+    param_squares += part.param_squares;
+    update_squares += part.update_squares;
+    return *this;
+  }
 };
 
 }  // namespace deepops::optim

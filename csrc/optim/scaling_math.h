@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/host_device.h"
+#include "optim/scaling.h"
 
 namespace deepops::DEEPOPS_ISA {
 
@@ -11,6 +12,22 @@ DEEPOPS_HD double clip_factor(double squares, double inverse_scale, double max_n
   const double norm = DEEPOPS_LIBM(sqrt)(squares) * inverse_scale;
   const double factor = max_norm / (norm + 1e-6);
   return factor >= 1 ? 1 : factor;
+}
+
+// What the scaling of a step comes to.
+struct Scaled {
+  bool skips;
+  double grad_factor;
+};
+
+// load: reads from where the pointers point to.
+template <class Load>
+DEEPOPS_HD Scaled scaled(const optim::Scaling& s, const Load& load) {
+  const bool found_inf = s.found_inf && load(s.found_inf) != 0;
+  const bool non_finite = s.skip_non_finite && load(&s.norm->non_finite) != 0;
+  double factor = s.grad_scale ? 1 / double(load(s.grad_scale)) : 1;
+  if (s.max_norm > 0) factor *= clip_factor(load(&s.norm->squares), factor, s.max_norm);
+  return {found_inf || non_finite, factor};
 }
 
 // ---- random numbers -------------------------------------------------------------------------------------------------
@@ -50,9 +67,8 @@ struct Noise {
 template <class U>
 DEEPOPS_HD U stochastic_bfloat16_bits(U bits, U random) {
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const auto is_inf = (bits & 0x7fffffffu) == 0x7f800000u;
   const U rounded = (bits + random) >> 16;
-  return is_nan ? U{} + 0x7fc0u : is_inf ? bits >> 16 : rounded;
+  return is_nan ? U{} + 0x7fc0u : rounded;
 }
 
 // ---- a master weight in two halves ----------------------------------------------------------------------------------
@@ -71,7 +87,7 @@ DEEPOPS_HD Halves<U> split(U bits) {
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const auto midway_above_even = (bits & 0x1ffffu) == 0x8000u;
   const U kept = midway_above_even ? bits - 1u : bits;
-  const U high = (kept + 0x7fffu + ((kept >> 16) & 1u)) >> 16;
+  const U high = (kept + 0x8000u) >> 16;  // to nearest: what is midway now is above an odd half
   return {is_nan ? U{} + 0x7fc0u : high, is_nan ? U{} : kept & 0xffffu};
 }
 

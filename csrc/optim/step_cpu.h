@@ -22,17 +22,12 @@ struct CpuBackend {
   static int64_t chunk(const std::vector<int64_t>&) { return kCpuChunk; }
 };
 
-// What the scaling of a step comes to.
-struct CpuScaling {
-  bool skips;
-  double grad_factor;
-};
-
-inline CpuScaling scaling_of(const Scaling& s) {
-  const bool skips = (s.found_inf && *s.found_inf != 0) || (s.skip_non_finite && s.norm->non_finite != 0);
-  double factor = s.grad_scale ? 1 / double(*s.grad_scale) : 1;
-  if (s.max_norm > 0) factor *= isa_generic::clip_factor(s.norm->squares, factor, s.max_norm);
-  return {skips, factor};
+// The sum of a row's slots, in their order.
+template <class Part>
+Part sum_of_row(const ChunkPlan& plan, const std::vector<Part>& slots, int64_t row) {
+  Part sum = {};
+  for (int64_t slot = plan.slots()[row]; slot < plan.slots()[row + 1]; ++slot) sum += slots[slot];
+  return sum;
 }
 
 template <class Rule>
@@ -40,7 +35,7 @@ class CpuStep {
  public:
   static void run(const StepCall& call, const RuleKernels<Rule>& kernels) {
     if (!any_active(call)) return;
-    const CpuScaling scaling = scaling_of(call.scaling);
+    const auto scaling = isa_generic::scaled(call.scaling, [](const auto* p) { return *p; });
     if (scaling.skips && !call.facts) return;
     Memory once;
     if (call.memory && !*call.memory) *call.memory = std::make_unique<Memory>();
@@ -61,7 +56,7 @@ class CpuStep {
         MixedChunk chunk{};
         static_cast<Chunk&>(chunk) = chunk_of(row, states, begin, end);
         chunk.state_dtype = row.state_dtype;
-        chunk.master = at(row.master, row.master_kind == Master::full ? 4 : 2, begin);
+        chunk.master = at(row.master, size_of(row.master_kind), begin);
         chunk.master_kind = row.master_kind;
         chunk.update = !scaling.skips;
         chunk.write_grads = call.scaling.write_grads;
@@ -75,7 +70,8 @@ class CpuStep {
         kernels.update_mixed(chunk, states, scalars[i]);
       });
     });
-    if (call.facts) add_up(plan, facts, call.facts);
+    if (!call.facts) return;
+    for (int64_t i = 0; i < call.row_count; ++i) call.facts[i] = sum_of_row(plan, facts, i);
   }
 
  private:
@@ -114,19 +110,6 @@ class CpuStep {
       if (states >> k & 1) chunk.state[k] = at(row.state[k], state_size, begin);
     }
     return chunk;
-  }
-
-  static void add_up(const ChunkPlan& plan, const std::vector<RowFacts>& slots, RowFacts* rows) {
-    for (size_t i = 0; i + 1 < plan.slots().size(); ++i) {
-      RowFacts sum = {};
-      for (int64_t slot = plan.slots()[i]; slot < plan.slots()[i + 1]; ++slot) {
-        sum.grad_squares += slots[slot].grad_squares;
-        sum.non_finite += slots[slot].non_finite;
-        sum.param_squares += slots[slot].param_squares;
-        sum.update_squares += slots[slot].update_squares;
-      }
-      rows[i] = sum;
-    }
   }
 };
 

@@ -44,18 +44,8 @@ struct StepArguments {
   unsigned* counted;  // [count]: warps that have filled a slot of the row; 0 between launches
 };
 
-// What the scaling of a step comes to: scaling_of() of step_cpu.h.
-struct Scaled {
-  bool skips;
-  double grad_factor;
-};
-
-DEEPOPS_DEVICE Scaled scaled(const Scaling& s) {
-  const bool found_inf = s.found_inf && gpu::load(s.found_inf) != 0;
-  const bool non_finite = s.skip_non_finite && gpu::load(&s.norm->non_finite) != 0;
-  double factor = s.grad_scale ? 1 / double(gpu::load(s.grad_scale)) : 1;
-  if (s.max_norm > 0) factor *= isa_gpu::clip_factor(gpu::load(&s.norm->squares), factor, s.max_norm);
-  return {found_inf || non_finite, factor};
+DEEPOPS_DEVICE isa_gpu::Scaled scaled(const Scaling& scaling) {
+  return isa_gpu::scaled(scaling, [](const auto* p) { return gpu::load(p); });
 }
 
 // A param group as a warp sees it. A rule whose scalars take long has a specialisation that shares them out; all lanes
@@ -176,7 +166,7 @@ DEEPOPS_DEVICE void update(const Row& row, int64_t begin, int64_t end, const typ
 template <class Rule>
 DEEPOPS_KERNEL(kStepThreads, kUniformBlocks<Rule>)
 step_kernel(StepArguments<Rule> a) {
-  const Scaled scaling = scaled(a.scaling);
+  const isa_gpu::Scaled scaling = scaled(a.scaling);
   if (scaling.skips) return;
   visit_empty(a, false, false);
   for_each_stretch_of_warp<kStepThreads>(a.table, [&](int64_t i, int64_t begin, int64_t end) {

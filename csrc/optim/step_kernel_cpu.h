@@ -5,6 +5,7 @@
 #include "optim/rule.h"
 #include "optim/rule_math.h"
 #include "optim/scaling_math.h"
+#include "optim/squares_cpu.h"
 
 namespace deepops::DEEPOPS_ISA {
 
@@ -75,10 +76,7 @@ struct EvenAndOdd {
 // and the machine's own, whose lower halves are 0, so that rounding leaves them alone.
 [[gnu::always_inline]] inline void store_pairs(BFloat16* p, const EvenAndOdd& value) {
   constexpr int kParts = Lanes<float>::kParts;
-  const auto rounded = [](Lanes<float>::Value part) {
-    const U32Part bits = (U32Part)part;
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
-  };
+  const auto rounded = [](Lanes<float>::Value part) { return rounded_to_upper_half((U32Part)part); };
   DEEPOPS_FOR_PARTS(k) {
     const U32Part bits = (rounded(value.even.part[k]) >> 16) | (rounded(value.odd.part[k]) & 0xffff0000u);
     __builtin_memcpy(p + k * 2 * Lanes<float>::kPerPart, &bits, sizeof bits);
@@ -218,19 +216,16 @@ inline void split_block(const float* in, BFloat16* high, uint16_t* low, int n) {
   }
 }
 
-// Adds the sum of (a - b)^2 to `squares` and the number of differences that are not finite to `non_finite`, in double
-// and always in the same order. Both arrays are padded with equal elements to a multiple of 16. b: null: 0.
+// Of a - b. Both arrays are padded with equal elements to a multiple of 16. b: null: 0.
 template <class C>
-void add_squares(const C* a, const C* b, int n, double& squares, double* non_finite = nullptr) {
-  Lanes<double> sum(0.0), bad(0.0);
+optim::GradSquares squares_of(const C* a, const C* b, int n) {
+  SquaresInLanes squares;
   for (int i = 0; i < n; i += kLanes) {
-    Lanes<double> d = widen(load_lanes(a + i));
-    if (b) d = d - widen(load_lanes(b + i));
-    sum += d * d;
-    bad += select((d - d) >= 0.0, Lanes<double>(0.0), Lanes<double>(1.0));
+    Lanes<double> difference = widen(load_lanes(a + i));
+    if (b) difference = difference - widen(load_lanes(b + i));
+    squares.add(difference);
   }
-  squares += sum_of_lanes(sum);
-  if (non_finite) *non_finite += sum_of_lanes(bad);
+  return squares.sum();
 }
 
 // The tensors of a block in the type of the arithmetic.
@@ -284,7 +279,10 @@ void update_mixed(const MixedChunk& c, const Factors<Rule, C>& f) {
   for (int64_t i = 0; i < c.n; i += kBlock) {
     const int n = int(c.n - i < kBlock ? c.n - i : kBlock), padded = (n + kLanes - 1) / kLanes * kLanes;
     widen_block(c.grad, c.dtype, i, n, block.grad);
-    if (c.facts) add_squares<C>(block.grad, nullptr, n, c.facts->grad_squares, &c.facts->non_finite);
+    if (c.facts) {
+      const optim::GradSquares grad = squares_of<C>(block.grad, nullptr, n);
+      *c.facts += {grad.squares, grad.non_finite, 0, 0};
+    }
     if (!c.update) continue;
     load_param(c, i, n, block.param);
     if (c.facts) __builtin_memcpy(block.old_param, block.param, size_t(padded) * sizeof(C));
@@ -298,8 +296,9 @@ void update_mixed(const MixedChunk& c, const Factors<Rule, C>& f) {
     }
     if (c.facts) {
       load_param(c, i, n, block.param);  // as it was rounded
-      add_squares<C>(block.param, nullptr, n, c.facts->param_squares);
-      add_squares<C>(block.param, block.old_param, n, c.facts->update_squares);
+      const double param = squares_of<C>(block.param, nullptr, n).squares;
+      const double update = squares_of<C>(block.param, block.old_param, n).squares;
+      *c.facts += {0, 0, param, update};
     }
     if (c.write_grads) {
       const C factor = C(c.grad_factor);

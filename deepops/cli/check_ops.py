@@ -19,7 +19,7 @@ import deepops.functional
 import deepops.nn
 import deepops.optim
 from deepops import reference
-from deepops.testing import to_double
+from deepops.testing import away_from_kinks, to_double
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Setting:
     def tensor(self, *shape: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         """Random normal data of this setting, the same for every device."""
         data = (scale * torch.randn(shape, generator=generator)).to(self.device, self.dtype)
-        return data.to(memory_format=torch.channels_last) if self.layout == "channels_last" else data
+        if self.layout == "contiguous":
+            return data
+        return data.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
 
 
 class Comparison(NamedTuple):
@@ -71,16 +73,6 @@ _ACTIVATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("hardswish", {}),
     ("identity", {}),
 )
-# Where the derivative jumps. Rounding may put a value on either side, so no gradient is sent there (within _MARGIN).
-_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
-_MARGIN = 0.05
-
-
-def _away_from_kinks(grad_y: Tensor, before: Tensor, activation: str) -> Tensor:
-    """``grad_y`` with zeros where ``before``, the activation's input, is close to a jump of its derivative."""
-    for kink in _KINKS.get(activation, ()):
-        grad_y = grad_y.masked_fill((before - kink).abs() < _MARGIN, 0)
-    return grad_y
 
 
 def _stock_batch_norm_act(
@@ -133,7 +125,7 @@ def check_batch_norm_act(training: bool) -> Callable[[Setting], Iterator[Compari
             noise = setting.tensor(*_SHAPE, generator=torch.Generator().manual_seed(1))
             for activation, extra in _ACTIVATIONS:
                 options = {"training": training, "activation": activation, **extra}
-                grad_y = _away_from_kinks(noise, before, activation)
+                grad_y = away_from_kinks(noise, before, activation)
                 actual = _run_batch_norm_act(deepops.functional.batch_norm_act, inputs, grad_y, **options)
                 stock = _run_batch_norm_act(_stock_batch_norm_act, inputs, grad_y, **options)
                 oracle = _run_batch_norm_act(reference.batch_norm_act, exact, grad_y.double(), **options)
@@ -148,21 +140,38 @@ def check_batch_norm_act(training: bool) -> Callable[[Setting], Iterator[Compari
 # ---- conv_bn_act -----------------------------------------------------------------------------------------------------
 
 
-def check_conv_bn_act(setting: Setting) -> Iterator[Comparison]:
-    """A training step and an evaluation of ConvBNReLU2d beside Conv2d, BatchNorm2d and ReLU; 16 bits by autocast."""
-    for seed in range(3):
-        yield from _conv_bn_act(setting, seed)
+_CONVOLUTIONS = {
+    1: (deepops.nn.ConvBNReLU1d, nn.Conv1d, nn.BatchNorm1d, (90,)),
+    2: (deepops.nn.ConvBNReLU2d, nn.Conv2d, nn.BatchNorm2d, (9, 10)),
+    3: (deepops.nn.ConvBNReLU3d, nn.Conv3d, nn.BatchNorm3d, (5, 6, 4)),
+}  # by spatial dimensions
 
 
-def _conv_bn_act(setting: Setting, seed: int) -> Iterator[Comparison]:
+def check_conv_bn_act(dims: int, frozen: bool = False) -> Callable[[Setting], Iterator[Comparison]]:
+    """A step and an evaluation of ConvBNReLU beside convolution, batch norm and ReLU; 16 bits by autocast.
+
+    ``frozen``: by running statistics, and without gradients of batch norm's parameters.
+    """
+
+    def compare(setting: Setting) -> Iterator[Comparison]:
+        for seed in range(3):
+            yield from _conv_bn_act(setting, seed, dims, frozen)
+
+    return compare
+
+
+def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool) -> Iterator[Comparison]:
+    our_class, conv_class, norm_class, size = _CONVOLUTIONS[dims]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conv, norm = nn.Conv2d(8, 19, 3, padding=1, bias=False), nn.BatchNorm2d(19)
-    ours = deepops.nn.ConvBNReLU2d(8, 19, 3, padding=1)
+        conv, norm = conv_class(8, 19, 3, padding=1, bias=False), norm_class(19)
+        if frozen:  # statistics that are not the initial ones
+            norm(conv(torch.randn(6, 8, *size) * 2 + 1))
+    ours = our_class(8, 19, 3, padding=1)
     ours.conv.load_state_dict(conv.state_dict())
     ours.bn.load_state_dict(norm.state_dict())
     exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
-    models = {
+    models: dict[str, tuple[nn.Module, Any, Any]] = {
         "ours": (ours, ours.conv, ours.bn),
         "stock": (nn.Sequential(conv, norm, nn.ReLU()), conv, norm),
         "oracle": (nn.Sequential(exact_conv, exact_norm, nn.ReLU()), exact_conv, exact_norm),
@@ -172,33 +181,36 @@ def _conv_bn_act(setting: Setting, seed: int) -> Iterator[Comparison]:
 
     generator = torch.Generator().manual_seed(seed)
     # Not centered, as images are not: the running mean is then a number of weight, not what rounding left of zero.
-    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, 8, 9, 10, generator=generator) + 1
-    noise = torch.randn(6, 19, 9, 10, generator=generator).to(setting.device)
+    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, 8, *size, generator=generator) + 1
+    noise = torch.randn(6, 19, *size, generator=generator).to(setting.device)
     with torch.no_grad():
-        before = F.batch_norm(exact_conv(x.double()), None, None, training=True)
-    grad_y = _away_from_kinks(noise, before, "relu")
-    results = {name: _conv_step(*layers, x, grad_y, setting.dtype) for name, layers in models.items()}
+        statistics = (exact_norm.running_mean, exact_norm.running_var) if frozen else (None, None)
+        before = F.batch_norm(exact_conv(x.double()), *statistics, training=not frozen)
+    grad_y = away_from_kinks(noise, before, "relu")
+    results = {name: _conv_step(*layers, x, grad_y, setting.dtype, frozen) for name, layers in models.items()}
     for output in results["oracle"]:
         yield Comparison(f"seed {seed}", output, *(results[name][output] for name in ("ours", "stock", "oracle")))
 
 
 def _conv_step(
-    model: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, grad_y: Tensor, dtype: torch.dtype
+    model: nn.Module, conv: Any, norm: Any, x: Tensor, grad_y: Tensor, dtype: torch.dtype, frozen: bool
 ) -> dict[str, Tensor]:
     """Output, gradients and statistics of one training step, then the output in evaluation."""
     is_oracle = conv.weight.dtype == torch.float64
     x = (x.double() if is_oracle else x.clone()).requires_grad_()
     autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32 and not is_oracle)
+    model.train()
+    norm.train(not frozen).requires_grad_(not frozen)
     with autocast:
-        y = model.train()(x)
-    gradients = torch.autograd.grad(y, [x, conv.weight, norm.weight, norm.bias], grad_y.to(y.dtype))
+        y = model(x)
+    wanted = {"x": x, "conv_weight": conv.weight} | ({} if frozen else {"weight": norm.weight, "bias": norm.bias})
+    gradients = torch.autograd.grad(y, list(wanted.values()), grad_y.to(y.dtype))
     with autocast, torch.no_grad():
         y_eval = model.eval()(x)
-    names = ("grad_x", "grad_conv_weight", "grad_weight", "grad_bias")
-    assert norm.running_mean is not None  # the layers above keep statistics
-    assert norm.running_var is not None
-    statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), **statistics, "y_eval": y_eval}
+    results = {"y": y.detach(), **{f"grad_{name}": grad for name, grad in zip(wanted, gradients, strict=True)}}
+    if not frozen:
+        results |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return {**results, "y_eval": y_eval}
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -269,7 +281,10 @@ def _train(
 CHECKS: tuple[OpCheck, ...] = (
     OpCheck("batch_norm_act train", "batch_norm_act_train", check_batch_norm_act(training=True)),
     OpCheck("batch_norm_act eval", "batch_norm_act_eval", check_batch_norm_act(training=False)),
-    OpCheck("conv_bn_act", "batch_norm_act_train", check_conv_bn_act),
+    OpCheck("conv_bn_act 1d", "batch_norm_act_train", check_conv_bn_act(1), layouts=("contiguous",)),
+    OpCheck("conv_bn_act 2d", "batch_norm_act_train", check_conv_bn_act(2)),
+    OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(3)),
+    OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(2, frozen=True)),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),
     OpCheck("adamw", "adam", check_optimizer("AdamW"), layouts=("contiguous",)),
     OpCheck("sgd", "sgd", check_optimizer("SGD"), layouts=("contiguous",)),

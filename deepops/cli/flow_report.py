@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepops.cli.errors import UserError, first_line
+from deepops.cli.figures import figure_file
 from deepops.cli.gradient_flow import MeasuredSide
 from deepops.cli.report import describe, environment, finite, write_csv
 
@@ -150,22 +151,16 @@ def csv_rows(sides: dict[str, MeasuredSide]) -> Iterator[dict[str, Any]]:
 
 def draw_plot(session: Session, sides: dict[str, MeasuredSide], path: Path) -> None:
     """The gradient norm of every layer over the steps, one panel per network, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(len(sides), 2)
     rows = math.ceil(len(sides) / columns)
-    figure = Figure(figsize=(7 * columns, 4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn in memory: no display, and no global state of pyplot
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    for axes, (title, side) in zip(panels, sides.items(), strict=False):
-        _draw_network(axes, title, side)
-    for axes in panels[len(sides) :]:
-        axes.set_visible(False)
     arguments = session.arguments
     facts = (session.data.name, arguments.optimizer, arguments.precision, str(session.device))
-    figure.suptitle("Gradient flow: " + ", ".join(facts))
-    figure.savefig(path, dpi=120)
+    with figure_file(path, 7 * columns, 4 * rows, "Gradient flow: " + ", ".join(facts)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+        for axes, (title, side) in zip(panels, sides.items(), strict=False):
+            _draw_network(axes, title, side)
+        for axes in panels[len(sides) :]:
+            axes.set_visible(False)
 
 
 def _draw_network(axes: Axes, title: str, side: MeasuredSide) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepops.cli.compare_optimizers import RULES, Comparison, percent
+from deepops.cli.figures import figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,20 +19,14 @@ _SMOOTH = 10  # steps that a point of the loss curve averages
 
 def draw_plot(comparison: Comparison, summary: dict[str, dict[str, Any]], path: Path) -> None:
     """Convergence, accuracy against learning rate and against noise, and cost, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn in memory: no display, and no global state of pyplot
-    (convergence, rates), (noise, cost) = figure.subplots(2, 2)
-    _draw_convergence(convergence, comparison, summary)
-    _draw_rates(rates, comparison, summary)
-    _draw_noise(noise, comparison, summary)
-    _draw_cost(cost, summary)
     arguments = comparison.arguments
     facts = (arguments.model, comparison.data.name, arguments.precision, str(comparison.device))
-    figure.suptitle(", ".join(facts))
-    figure.savefig(path, dpi=120)
+    with figure_file(path, 11, 8, ", ".join(facts)) as figure:
+        (convergence, rates), (noise, cost) = figure.subplots(2, 2)
+        _draw_convergence(convergence, comparison, summary)
+        _draw_rates(rates, comparison, summary)
+        _draw_noise(noise, comparison, summary)
+        _draw_cost(cost, summary)
 
 
 def _draw_convergence(axes: Axes, comparison: Comparison, summary: dict[str, dict[str, Any]]) -> None:

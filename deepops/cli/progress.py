@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from deepops.cli.train import Session
 
 _REFRESH_SECONDS = 0.2
@@ -40,7 +41,7 @@ class StepBar:
         self._task = self._bar.add_task("", total=None, note="")
         self._drawn = 0.0
 
-    def __enter__(self) -> StepBar:
+    def __enter__(self) -> Self:
         """Show the bar."""
         self._bar.start()
         return self
@@ -59,51 +60,44 @@ class StepBar:
         """Begin again, for so many steps."""
         self._bar.reset(self._task, total=steps, description=label, note="")
 
-    def advance(self, note: Callable[[], str] = str) -> None:
-        """One more step; ``note`` tells what stands behind the bar."""
+    def advance(self) -> None:
+        """All sides have made one more step."""
         self._bar.update(self._task, advance=1)
         if perf_counter() - self._drawn > _REFRESH_SECONDS:
-            self._bar.update(self._task, note=note())
+            self._bar.update(self._task, note=self._note())
             self._bar.refresh()
             self._drawn = perf_counter()
 
+    def _note(self) -> str:
+        """What stands behind the bar."""
+        return ""
 
-class Progress:
+
+class Progress(StepBar):
     """The steps of the running epoch with the current losses; a context manager."""
 
     def __init__(self, session: Session, console: Console | None = None) -> None:
         """Print on ``console`` (default: standard output)."""
+        super().__init__(console)
         self._session = session
-        self._bar = StepBar(console)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         """Say what is going to be trained and show the bar."""
         arguments, data = self._session.arguments, self._session.data
         what = " and ".join(self._session.sides)
-        self._bar.say(
+        self.say(
             f"{arguments.model} on {data.name}: {len(data.train_images)} images to train, {len(data.test_images)} to "
             f"test; {arguments.precision} on {self._session.device}; {what}"
         )
         if data.note:
-            self._bar.say(f"note: {data.note}")
-        self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the bar."""
-        self._bar.__exit__(kind, error, trace)
+            self.say(f"note: {data.note}")
+        return super().__enter__()
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Epoch ``epoch`` (from 1) of ``steps`` steps begins."""
-        self._bar.reset(f"epoch {epoch}/{self._session.arguments.epochs}", steps)
+        self.reset(f"epoch {epoch}/{self._session.arguments.epochs}", steps)
 
-    def advance(self) -> None:
-        """All sides made one more step."""
-        self._bar.advance(self._losses)
-
-    def _losses(self) -> str:
+    def _note(self) -> str:
         return "  ".join(f"{name} loss {side.losses[-1]:.3f}" for name, side in self._session.sides.items())
 
     def end_epoch(self, epoch: int) -> None:
@@ -112,42 +106,23 @@ class Progress:
         for name, side in self._session.sides.items():
             last = side.epochs[-1]
             parts.append(f"{name}: loss {last.loss:.4f}, test accuracy {last.test_accuracy:.2%}")
-        self._bar.say("   ".join(parts))
+        self.say("   ".join(parts))
 
 
-class Rounds:
+class Rounds(StepBar):
     """All rounds of ``deepops train --compare-optimizers`` in one bar; a context manager."""
 
     def __init__(self, rounds: int, epochs: int, console: Console | None = None) -> None:
         """There will be so many ``rounds`` of so many ``epochs``."""
+        super().__init__(console)
         self._epochs = rounds * epochs
-        self._bar = StepBar(console)
         self._started = False
-
-    def __enter__(self) -> Rounds:
-        """Show the bar."""
-        self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the bar."""
-        self._bar.__exit__(kind, error, trace)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self._bar.say(text)
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Every epoch has the same number of ``steps``."""
         if not self._started:
-            self._bar.reset("batches", self._epochs * steps)
+            self.reset("batches", self._epochs * steps)
             self._started = True
-
-    def advance(self) -> None:
-        """All sides made one more step."""
-        self._bar.advance()
 
     def end_epoch(self, epoch: int) -> None:
         """Nothing is said before the round is over."""

@@ -17,6 +17,7 @@ from deepops import __version__
 from deepops._library import _C
 from deepops.cli.data import ImageData
 from deepops.cli.errors import UserError, first_line
+from deepops.cli.figures import figure_file
 from deepops.cli.models import MODELS, stock_state_dict
 from deepops.cli.side import WARM_UP, Side
 
@@ -179,22 +180,16 @@ def finite(value: Any) -> Any:
 
 def draw_plot(session: Session, path: Path) -> None:
     """Loss per step and per epoch, and the distribution of the step times, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn in memory: no display, and no global state of pyplot
-    losses, times = figure.subplots(1, 2)
-    for name, side in session.sides.items():
-        _draw_side(losses, times, name, side)
-    losses.set(xlabel="training step", ylabel="loss", title="Training loss", yscale="log")
-    times.set(xlabel="training step", ylabel="milliseconds", title="Time per step (line: median)", ylim=(0, None))
-    losses.legend()
-    times.legend()
     arguments = session.arguments
     facts = (arguments.model, session.data.name, arguments.optimizer, arguments.precision, str(session.device))
-    figure.suptitle(", ".join(facts))
-    figure.savefig(path, dpi=120)
+    with figure_file(path, 10, 4, ", ".join(facts)) as figure:
+        losses, times = figure.subplots(1, 2)
+        for name, side in session.sides.items():
+            _draw_side(losses, times, name, side)
+        losses.set(xlabel="training step", ylabel="loss", title="Training loss", yscale="log")
+        times.set(xlabel="training step", ylabel="milliseconds", title="Time per step (line: median)", ylim=(0, None))
+        losses.legend()
+        times.legend()
 
 
 def _draw_side(losses: Axes, times: Axes, name: str, side: Side) -> None:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from deepops.nn import convert
-from deepops.nn.batch_norm_act import BatchNormAct2d
-from deepops.nn.conv_bn_act import ConvBNAct2d, ConvBNReLU2d
+from deepops.nn.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from deepops.nn.conv_bn_act import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d
+from deepops.nn.conv_bn_relu import ConvBNReLU1d, ConvBNReLU2d, ConvBNReLU3d
 
-__all__ = ["BatchNormAct2d", "ConvBNAct2d", "ConvBNReLU2d", "convert"]
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "ConvBNAct1d",
+    "ConvBNAct2d",
+    "ConvBNAct3d",
+    "ConvBNReLU1d",
+    "ConvBNReLU2d",
+    "ConvBNReLU3d",
+    "convert",
+]

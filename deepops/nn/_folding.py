@@ -1,20 +1,17 @@
-"""Evaluation of ``conv, bn, act`` as one convolution: statistics folded into its weights, activation as a post-op.
-
-act((conv(x, W) + b - mean) * s + beta) = act(conv(x, W * s) + (b - mean) * s + beta),  s = weight / sqrt(var + eps)
-"""
+"""Evaluation of ``conv, bn, act`` as one convolution without gradients: weights folded once, activation included."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepops._checks import autocast_enabled, check_per_channel, check_residual
-from deepops._convolution import pad_explicitly
+from deepops._checks import autocast_enabled, check_residual, check_residual_dtype, transforms_active
+from deepops._convolution import pad_explicitly, per_dimension
+from deepops._folding import conv_act, fold
 from deepops.nn._activation import Activation
-from deepops.reference import activation as apply_activation
 
 # Post-ops of oneDNN's fused convolution: name, scalars, algorithm.
 _POST_OPS: dict[str, tuple[str, list[float], str]] = {
@@ -46,38 +43,23 @@ class FoldedWeights:
         """Forget the weights."""
         self._entry = None
 
-    def get(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    def get(self, conv: Any, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
         """``(weight, bias)`` of the convolution that does the work of both modules, in the dtype of ``conv``."""
-        sources = [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        sources = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         if any(tensor is not None and tensor.is_inference() for tensor in sources):
             self.drop()  # inference tensors do not count writes
-            return self._fold(sources, bn.eps)
+            return self._fold(*sources, bn.eps)
         key = [bn.eps, *(None if t is None else (id(t), t.data_ptr(), t._version) for t in sources)]
         entry = self._entry
         if entry is None or entry[0] != key:
             alive = [*sources, *(None if t is None else t.detach() for t in sources)]
-            entry = self._entry = key, alive, self._fold(sources, bn.eps)
+            entry = self._entry = key, alive, self._fold(*sources, bn.eps)
         return entry[2]
 
-    def _fold(self, sources: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
-        """In at least single precision, rounded to the dtype of the convolution once."""
+    def _fold(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         self.folds += 1
-        conv_weight, conv_bias, weight, bias, mean, var = sources
-        assert conv_weight is not None
-        assert mean is not None
-        assert var is not None
-        for name, tensor in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                check_per_channel(name, tensor, conv_weight, conv_weight.size(0))
-        dtype = torch.promote_types(conv_weight.dtype, torch.float32)
         with torch.no_grad():
-            scale = torch.rsqrt(var.to(dtype) + eps)
-            if weight is not None:
-                scale = scale * weight
-            shift = -mean.to(dtype) if conv_bias is None else conv_bias.to(dtype) - mean
-            shift = shift * scale if bias is None else shift * scale + bias
-            folded = conv_weight * scale.view(-1, 1, 1, 1)
-            return folded.to(conv_weight.dtype), shift.to(conv_weight.dtype)
+            return fold(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
         """A copied block starts with an empty cache."""
@@ -88,21 +70,19 @@ class FoldedWeights:
         return FoldedWeights, ()
 
 
-def folds(x: Tensor, residual: Tensor | None, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: Activation) -> bool:
+def folds(x: Tensor, residual: Tensor | None, conv: Any, bn: _BatchNorm, activation: Activation) -> bool:
     """Whether this evaluation may run as one convolution: running statistics, no gradient, one dtype, eager.
 
-    A residual only goes with a post-op that oneDNN has: fp32, and relu or nothing after the sum.
+    A residual only goes with a post-op that oneDNN has: fp32, two or three dimensions, relu or nothing after the sum.
     """
     if bn.training or bn.running_mean is None or bn.running_var is None or torch.compiler.is_compiling():
         return False
     if type(x) is not Tensor:  # a subclass may stand for anything: FakeTensor has no memory to compare
         return False
-    if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or autocast_enabled(x):
-        return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if x.dtype is torch.float16 or x.dtype is not conv.weight.dtype or autocast_enabled(x) or transforms_active():
         return False
     if residual is not None and not (
-        activation.name in ("relu", "identity") and x.dtype is torch.float32 and _has_post_ops(x)
+        activation.name in ("relu", "identity") and x.dtype is torch.float32 and x.dim() > 3 and _has_post_ops(x)
     ):
         return False
     tensors = (x, residual, conv.weight, conv.bias, bn.weight, bn.bias)
@@ -114,17 +94,17 @@ def folded_forward(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    conv: nn.Conv2d,
+    conv: Any,
     padding: Any,
     activation: Activation,
 ) -> Tensor:
     """One convolution with folded weights, with oneDNN's post-op where it applies."""
     if not _has_post_ops(x):
-        z = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-        return apply_activation(z, *activation)
+        return conv_act(x, weight, bias, None, conv.stride, padding, conv.dilation, conv.groups, *activation)
     if isinstance(padding, str):
-        x, padding = pad_explicitly(x, weight, padding, conv.dilation)  # type: ignore[arg-type]
+        x, padding = pad_explicitly(x, weight, padding, conv.dilation)
     name, negative_slope, approximate = activation
+    padding = per_dimension(padding, weight)
     geometry = (padding, conv.stride, conv.dilation, conv.groups)
     if residual is not None:
         _check_residual(residual, x, weight, conv, padding)
@@ -141,7 +121,7 @@ def folded_forward(
     return y
 
 
-def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, padding: tuple[int, int]) -> None:
+def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: Any, padding: tuple[int, ...]) -> None:
     """Here the residual goes into the convolution, so that the output's shape must be known before."""
     spans = [
         size + 2 * pad - d * (k - 1) - 1
@@ -149,8 +129,7 @@ def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d
     ]
     shape = [x.size(0), weight.size(0), *(span // step + 1 for span, step in zip(spans, conv.stride, strict=True))]
     check_residual(residual, x, torch.Size(shape))
-    if residual.dtype is not x.dtype:
-        raise TypeError(f"residual: expected {x.dtype}, the dtype of x, got {residual.dtype}")
+    check_residual_dtype(residual, x)
 
 
 def _has_post_ops(x: Tensor) -> bool:

@@ -1,35 +1,30 @@
-"""``BatchNormAct2d``: batch normalization, optional residual and activation in one layer."""
+"""``BatchNormAct1d``, ``2d`` and ``3d``: batch normalization, optional residual and activation in one layer."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepops import functional
 from deepops._explain import kernel_note
 from deepops.nn._activation import as_activation
+from deepops.nn._tools import RefusesSyncConversion, is_recomputation, is_recorded
+from deepops.reference.batch_norm_act import activation as apply_activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` followed by an activation: ``act(bn(x) + residual)``.
+class _BatchNormAct(_BatchNorm):
+    """All of the layers below but their torch class and the shapes that they take."""
 
-    Same parameters, buffers and state_dict as ``torch.nn.BatchNorm2d``; the backward keeps one tensor of the size of
-    the output instead of two. Do not give a model with this layer to ``SyncBatchNorm.convert_sync_batchnorm``, which
-    replaces every batch normalization and knows nothing of the activation: split it first, with ``to_modules()``.
+    qconfig = RefusesSyncConversion()
 
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``torch.nn.BatchNorm2d``.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"identity"``
-            or the ``torch.nn`` module of one of these.
-        negative_slope: of leaky_relu.
-        approximate: of gelu: ``"none"`` or ``"tanh"``.
-
-    Shapes: input, residual and output ``[N, C, H, W]``; fp32, fp64, fp16 or bf16.
-
-    >>> layer = BatchNormAct2d(16, activation="silu")
-    >>> layer(torch.randn(4, 16, 8, 8)).shape
-    torch.Size([4, 16, 8, 8])
-    """
+    _stock: ClassVar[type[_BatchNorm]]
+    _shapes: ClassVar[dict[int, str]]  # by rank
 
     def __init__(
         self,
@@ -41,6 +36,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | nn.Module = "relu",
         negative_slope: float = 0.01,
         approximate: str = "none",
@@ -48,6 +44,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """See the class."""
         parsed = as_activation(activation, negative_slope, approximate)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)  # torch's own layers take the argument from 2.13 on
         self._activation = parsed
 
     @property
@@ -56,27 +54,32 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self._activation.name
 
     @classmethod
-    def from_modules(cls, bn: nn.BatchNorm2d, activation: str | nn.Module | None = None) -> BatchNormAct2d:
+    def from_modules(cls, bn: _BatchNorm, activation: str | nn.Module | None = None) -> Self:
         """A layer that shares the parameters and buffers of ``bn``; ``activation=None`` is the identity."""
-        if type(bn) is not nn.BatchNorm2d:
-            raise TypeError(f"bn: expected torch.nn.BatchNorm2d, got {type(bn).__name__}")
+        if type(bn) is not cls._stock:
+            raise TypeError(f"bn: expected torch.nn.{cls._stock.__name__}, got {type(bn).__name__}")
         layer = cls(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
         layer._activation = as_activation(activation, 0.01, "none")
         _share(bn, layer)
         return layer
 
-    def to_modules(self) -> tuple[nn.BatchNorm2d, nn.Module]:
+    def to_modules(self) -> tuple[_BatchNorm, nn.Module]:
         """``(bn, act)``: torch's own modules on the same parameters and buffers."""
-        bn = nn.BatchNorm2d(
+        bn = self._stock(
             self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
         )
         _share(self, bn)
         return bn, self._activation.to_module()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``act(bn(x) + residual)``, both ``[N, C, H, W]``."""
-        if isinstance(x, Tensor) and x.dim() != 4:
-            raise ValueError(f"x: expected 4D input, [N, C, H, W] (got {x.dim()}D input of shape {list(x.shape)})")
+        """``act(bn(x) + residual)``, both of the same shape."""
+        if is_recorded(x):
+            y = super().forward(x)
+            return apply_activation(y if residual is None else y + residual, *self._activation)
+        if isinstance(x, Tensor) and x.dim() not in self._shapes:
+            wanted = " or ".join(f"{rank}D" for rank in self._shapes)
+            shapes = " or ".join(self._shapes.values())
+            raise ValueError(f"x: expected {wanted} input, {shapes} (got {x.dim()}D input of shape {list(x.shape)})")
         name, negative_slope, approximate = self._activation
         mean, var, counter, training, momentum = batch_norm_state(self)
         return functional.batch_norm_act(
@@ -106,21 +109,74 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return f"batch norm + {self.activation} in one pass: {kernel_note('batch_norm_act_train', device)}"
 
 
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` followed by an activation: ``act(bn(x) + residual)``.
+
+    Same parameters, buffers and state_dict as ``torch.nn.BatchNorm2d``; the backward keeps one tensor of the size of
+    the output instead of two. ``torch.jit.trace``, ``torch.export`` and ONNX export record torch's own operations. When
+    ``torch.utils.checkpoint`` runs the forward once more, inside the backward, the running statistics and their counter
+    are left alone (stock modules update them twice). ``SyncBatchNorm.convert_sync_batchnorm`` knows nothing of the
+    activation and would drop it: it raises a TypeError; put the modules of ``to_modules()`` in this layer's place.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as ``torch.nn.BatchNorm2d``.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"identity"``
+            or the ``torch.nn`` module of one of these.
+        negative_slope: of leaky_relu.
+        approximate: of gelu: ``"none"`` or ``"tanh"``.
+
+    Shapes: input, residual and output ``[N, C, H, W]``; fp32, fp64, fp16 or bf16.
+
+    >>> layer = BatchNormAct2d(16, activation="silu")
+    >>> layer(torch.randn(4, 16, 8, 8)).shape
+    torch.Size([4, 16, 8, 8])
+    """
+
+    _stock = nn.BatchNorm2d
+    _shapes: ClassVar[dict[int, str]] = {4: "[N, C, H, W]"}
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` followed by an activation; all else as :class:`BatchNormAct2d`.
+
+    Shapes: input, residual and output ``[N, C]`` or ``[N, C, L]``.
+
+    >>> BatchNormAct1d(16)(torch.randn(4, 16)).min() >= 0
+    tensor(True)
+    """
+
+    _stock = nn.BatchNorm1d
+    _shapes: ClassVar[dict[int, str]] = {2: "[N, C]", 3: "[N, C, L]"}
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` followed by an activation; all else as :class:`BatchNormAct2d`.
+
+    Shapes: input, residual and output ``[N, C, D, H, W]``.
+
+    >>> BatchNormAct3d(16)(torch.randn(2, 16, 3, 4, 5)).shape
+    torch.Size([2, 16, 3, 4, 5])
+    """
+
+    _stock = nn.BatchNorm3d
+    _shapes: ClassVar[dict[int, str]] = {5: "[N, C, D, H, W]"}
+
+
 def batch_norm_state(
-    bn: nn.BatchNorm2d,
+    bn: _BatchNorm,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None]:
     """``(running_mean, running_var, num_batches_tracked, training, momentum)`` for ``functional.batch_norm_act``.
 
     The rules of ``torch.nn.BatchNorm2d.forward``: running statistics are used in evaluation wherever there are some,
-    and updated in training when they are tracked.
+    and updated in training when they are tracked; but not again when a checkpointed forward is recomputed.
     """
     training = bn.training
     buffers = bn._buffers  # a direct look: nn.Module.__getattr__ is slow
     mean, var = buffers["running_mean"], buffers["running_var"]
     if not training:
         return mean, var, None, mean is None and var is None, bn.momentum
-    if not bn.track_running_stats:
-        return None, None, None, True, bn.momentum
+    if not bn.track_running_stats or is_recomputation():
+        return None, None, None, True, 0.0
     counter = buffers["num_batches_tracked"]
     momentum = 0.0 if bn.momentum is None and counter is None else bn.momentum
     return mean, var, counter, True, momentum

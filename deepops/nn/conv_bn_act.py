@@ -1,61 +1,44 @@
-"""``ConvBNAct2d``: convolution, batch normalization, optional residual and activation in one layer."""
+"""``ConvBNAct1d``, ``2d``, ``3d``: convolution, batch normalization, optional residual and activation in one layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepops import functional
-from deepops._checks import check_convolution, check_data
+from deepops._checks import Size, check_convolution, check_data
 from deepops._explain import kernel_note
-from deepops.nn._activation import Activation, as_activation
+from deepops.nn._activation import as_activation
 from deepops.nn._folding import FoldedWeights, folded_forward, folds
+from deepops.nn._tools import is_recorded
 from deepops.nn.batch_norm_act import batch_norm_state
 from deepops.reference.batch_norm_act import activation as apply_activation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-class ConvBNAct2d(nn.Module):
-    """``act(bn(conv(x)) + residual)`` with the submodules ``conv`` (``nn.Conv2d``) and ``bn`` (``nn.BatchNorm2d``).
 
-    Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
-    input, the weights and the convolution's output (stock modules keep the activation's output too).
+class _ConvBNAct(nn.Module):
+    """All of the layers below but their torch classes."""
 
-    If ``conv`` or ``bn`` is replaced by another class (``SyncBatchNorm``, a parametrization, a quantized layer), has
-    hooks or an own ``forward``, or while global module hooks are set, the layer calls its submodules one by one
-    instead; ``deepops.explain(layer)`` says so.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
-            ``torch.nn.Conv2d``, but ``bias`` is False by default: batch normalization removes it again.
-        eps, momentum, affine, track_running_stats: as ``torch.nn.BatchNorm2d``.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"identity"``
-            or the ``torch.nn`` module of one of these.
-        negative_slope: of leaky_relu.
-        approximate: of gelu: ``"none"`` or ``"tanh"``.
-        device, dtype: of parameters and buffers.
-
-    Shapes: input ``[N, C, H, W]``, residual and output ``[N, K, H', W']``; fp32, fp64, fp16 or bf16.
-
-    >>> block = ConvBNAct2d(3, 16, 3, padding=1, activation="silu")
-    >>> block(torch.randn(2, 3, 8, 8)).shape
-    torch.Size([2, 16, 8, 8])
-    """
+    _conv_class: ClassVar[type[Conv]]
+    _bn_class: ClassVar[type[_BatchNorm]]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
@@ -73,7 +56,8 @@ class ConvBNAct2d(nn.Module):
         super().__init__()
         self._folded = FoldedWeights()
         self._activation = as_activation(activation, negative_slope, approximate)
-        self.conv = nn.Conv2d(
+        conv_class: Any = self._conv_class
+        self.conv: Conv = conv_class(
             in_channels,
             out_channels,
             kernel_size,
@@ -82,11 +66,11 @@ class ConvBNAct2d(nn.Module):
             dilation,
             groups,
             bias,
-            padding_mode,  # type: ignore[arg-type]
+            padding_mode,
             device=device,
             dtype=dtype,
         )
-        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.bn = self._bn_class(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
 
     @property
     def activation(self) -> str:
@@ -94,20 +78,17 @@ class ConvBNAct2d(nn.Module):
         return self._activation.name
 
     @classmethod
-    def from_modules(
-        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | nn.Module | None = None
-    ) -> ConvBNAct2d:
+    def from_modules(cls, conv: Conv, bn: _BatchNorm, activation: str | nn.Module | None = None) -> Self:
         """A layer on these very modules, so that parameters, buffers and whoever holds them stay what they are.
 
         Args:
-            conv: ``[N, C, H, W]`` to ``[N, K, H', W']``.
-            bn: over ``K`` channels.
+            conv: the convolution, ``C`` to ``K`` channels.
+            bn: over ``K`` channels, of as many dimensions.
             activation: a name, one of torch's modules, or None for the identity.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv: expected torch.nn.Conv2d, got {type(conv).__name__}")
-        if not isinstance(bn, nn.BatchNorm2d):
-            raise TypeError(f"bn: expected torch.nn.BatchNorm2d, got {type(bn).__name__}")
+        for name, module, wanted in (("conv", conv, cls._conv_class), ("bn", bn, cls._bn_class)):
+            if not isinstance(module, wanted):
+                raise TypeError(f"{name}: expected torch.nn.{wanted.__name__}, got {type(module).__name__}")
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn: expected {conv.out_channels} features, the channels of conv, got {bn.num_features}")
         layer = cls.__new__(cls)
@@ -115,7 +96,7 @@ class ConvBNAct2d(nn.Module):
         layer._folded = FoldedWeights()
         layer._activation = as_activation(activation, 0.01, "none")
         layer.conv, layer.bn = conv, bn
-        layer.training = bn.training
+        layer.training = conv.training
         return layer
 
     def to_modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -123,12 +104,12 @@ class ConvBNAct2d(nn.Module):
         return self.conv, self.bn, self._activation.to_module()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``act(bn(conv(x)) + residual)``; ``x`` is ``[N, C, H, W]``, ``residual`` has the shape of the output."""
-        conv, bn = self._modules["conv"], self._modules["bn"]
-        if _plain_reason(conv, bn) is not None:
-            return self._plain(x, residual)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
+        """``act(bn(conv(x)) + residual)``; ``residual`` has the shape of the output."""
+        conv: Any = self._modules["conv"]
+        bn: Any = self._modules["bn"]
+        if self._plain_reason(conv, bn) is not None or is_recorded(x):
+            y: Tensor = self.bn(self.conv(x))
+            return apply_activation(y if residual is None else y + residual, *self._activation)
         check_data("x", x)
         if residual is not None:
             check_data("residual", residual)
@@ -136,7 +117,7 @@ class ConvBNAct2d(nn.Module):
         if conv.padding_mode != "zeros":
             check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=True)
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-            padding = (0, 0)
+            padding = 0
         if not bn.training and folds(x, residual, conv, bn, self._activation):
             check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=False)
             return folded_forward(x, residual, *self._folded.get(conv, bn), conv, padding, self._activation)
@@ -153,9 +134,9 @@ class ConvBNAct2d(nn.Module):
             training,
             momentum,
             bn.eps,
-            stride=conv.stride,  # type: ignore[arg-type]
+            stride=conv.stride,
             padding=padding,
-            dilation=conv.dilation,  # type: ignore[arg-type]
+            dilation=conv.dilation,
             groups=conv.groups,
             activation=name,
             negative_slope=negative_slope,
@@ -163,10 +144,6 @@ class ConvBNAct2d(nn.Module):
             residual=residual,
             num_batches_tracked=counter,
         )
-
-    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        y: Tensor = self.bn(self.conv(x))
-        return apply_activation(y if residual is None else y + residual, *self._activation)
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; also drops the weights folded for evaluation."""
@@ -177,83 +154,101 @@ class ConvBNAct2d(nn.Module):
         """The activation; the submodules show the rest."""
         return self._activation.extra_repr()
 
+    def _plain_reason(self, conv: nn.Module | None, bn: nn.Module | None) -> str | None:
+        """Why the submodules must be called one by one, or None. Runs in every forward."""
+        if type(conv) is not self._conv_class or type(bn) is not self._bn_class:
+            name, module = ("conv", conv) if type(conv) is not self._conv_class else ("bn", bn)
+            return f"{name} is a {type(module).__name__}"
+        for name, module in (("conv", conv), ("bn", bn)):
+            state = module.__dict__
+            if "forward" in state:
+                return f"{name} has its own forward"
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+            ):
+                return f"{name} has hooks"
+        return "global module hooks are set" if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
+
     def _explain(self) -> str:
-        reason = _plain_reason(self._modules["conv"], self._modules["bn"])
+        reason = self._plain_reason(self._modules["conv"], self._modules["bn"])
         if reason is not None:
             return f"not fused, calls its submodules one by one: {reason}"
         device = self.conv.weight.device.type
-        note = kernel_note("batch_norm_act_train", device)
-        return f"fused: torch's convolution, then batch norm + {self.activation} in one pass ({note})"
+        one_pass = f"torch's convolution, then batch norm + {self.activation} in one pass"
+        one_pass += f" ({kernel_note('batch_norm_act_train', device)})"
+        if batch_norm_state(self.bn)[3]:
+            return f"fused: {one_pass}"
+        folded = "fused, by running statistics: one convolution with weights folded once"
+        if any(parameter.requires_grad for parameter in self.bn.parameters()):
+            return f"{folded}; with gradients, under autocast and in fp16 {one_pass}"
+        return f"{folded}, with gradients in each call; without, but under autocast or in fp16, {one_pass}"
 
 
-class ConvBNReLU2d(ConvBNAct2d):
-    """``ConvBNAct2d`` with its default activation, relu.
+class ConvBNAct2d(_ConvBNAct):
+    """``act(bn(conv(x)) + residual)`` with the submodules ``conv`` (``nn.Conv2d``) and ``bn`` (``nn.BatchNorm2d``).
 
-    >>> ConvBNReLU2d(3, 16, 3, padding=1)(torch.randn(2, 3, 8, 8)).min() >= 0
-    tensor(True)
+    Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
+    input, the weights and the convolution's output (stock modules keep the activation's output too).
+
+    In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
+    the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,
+    its parameters without gradients) in a model that is trained is folded in every call: there is no pass of batch
+    normalization either way, and for the ReLU family the backward keeps nothing of the size of the output but the
+    output. Where ``bn.weight`` or ``bn.bias`` want gradients, batch normalization by running statistics is one pass, as
+    in training.
+
+    If ``conv`` or ``bn`` is replaced by another class (``SyncBatchNorm``, a parametrization, a quantized layer), has
+    hooks or an own ``forward``, or while global module hooks are set, the layer calls its submodules one by one
+    instead; ``deepops.explain(layer)`` says so. So it does while ``torch.jit.trace``, ``torch.export``, ONNX export or
+    ``torch.fx`` records it, so that what they make needs no deepops.
+
+    When ``torch.utils.checkpoint`` runs the forward once more, inside the backward, the running statistics and their
+    counter are left alone (stock modules update them twice). ``torch.func`` transforms run on plain PyTorch; ``vmap``
+    needs what torch's batch normalization needs for it, running statistics that are batched or not tracked.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
+            ``torch.nn.Conv2d``, but ``bias`` is False by default: batch normalization removes it again, so that in
+            training it reaches nothing but the running mean and has a gradient of exactly 0.
+        eps, momentum, affine, track_running_stats: as ``torch.nn.BatchNorm2d``.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"relu6"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"identity"``
+            or the ``torch.nn`` module of one of these.
+        negative_slope: of leaky_relu.
+        approximate: of gelu: ``"none"`` or ``"tanh"``.
+        device, dtype: of parameters and buffers.
+
+    Shapes: input ``[N, C, H, W]``, residual and output ``[N, K, H', W']``; fp32, fp64, fp16 or bf16. Without a batch
+    dimension there is an error, as from ``torch.nn.BatchNorm2d``.
+
+    >>> block = ConvBNAct2d(3, 16, 3, padding=1, activation="silu")
+    >>> block(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 16, 8, 8])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: str = "zeros",
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """See the class."""
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device=device,
-            dtype=dtype,
-        )
-
-    @classmethod
-    def from_modules(
-        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | nn.Module | None = "relu"
-    ) -> ConvBNAct2d:
-        """As ``ConvBNAct2d.from_modules``; the activation can only be relu."""
-        if as_activation(activation, 0.01, "none") != Activation("relu"):
-            raise ValueError(f"activation: expected relu, got {activation!r}; use ConvBNAct2d for others")
-        return super().from_modules(conv, bn, activation)
+    _conv_class = nn.Conv2d
+    _bn_class = nn.BatchNorm2d
 
 
-def _plain_reason(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
-    """Why the submodules must be called one by one, or None. Runs in every forward."""
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
-        name, module = ("conv", conv) if type(conv) is not nn.Conv2d else ("bn", bn)
-        return f"{name} is a {type(module).__name__}"
-    for name, module in (("conv", conv), ("bn", bn)):
-        state = module.__dict__
-        if "forward" in state:
-            return f"{name} has its own forward"
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            return f"{name} has hooks"
-    return "global module hooks are set" if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
+class ConvBNAct1d(_ConvBNAct):
+    """:class:`ConvBNAct2d` in one dimension: ``nn.Conv1d``, ``nn.BatchNorm1d``, input ``[N, C, L]``.
+
+    >>> ConvBNAct1d(3, 16, 3, stride=2)(torch.randn(2, 3, 9)).shape
+    torch.Size([2, 16, 4])
+    """
+
+    _conv_class = nn.Conv1d
+    _bn_class = nn.BatchNorm1d
+
+
+class ConvBNAct3d(_ConvBNAct):
+    """:class:`ConvBNAct2d` in three dimensions: ``nn.Conv3d``, ``nn.BatchNorm3d``, input ``[N, C, D, H, W]``.
+
+    >>> ConvBNAct3d(3, 16, (1, 3, 3), padding="same")(torch.randn(2, 3, 4, 8, 8)).shape
+    torch.Size([2, 16, 4, 8, 8])
+    """
+
+    _conv_class = nn.Conv3d
+    _bn_class = nn.BatchNorm3d

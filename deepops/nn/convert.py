@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepops.nn._activation import _NAMES
-from deepops.nn.conv_bn_act import ConvBNAct2d
+from deepops.nn.conv_bn_act import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, _ConvBNAct
+
+_BLOCKS: tuple[type[_ConvBNAct], ...] = (ConvBNAct1d, ConvBNAct2d, ConvBNAct3d)
 
 
 def map_state_dict(
@@ -78,7 +80,7 @@ def _corresponding_names(
 
 
 def swap_layers(model: nn.Module) -> list[str]:
-    """Replace ``conv, bn[, act]`` runs inside every ``nn.Sequential`` of ``model`` by ``ConvBNAct2d``, in place.
+    """Replace ``conv, bn[, act]`` runs inside every ``nn.Sequential`` of ``model`` by ``ConvBNAct*``, in place.
 
     The block takes the place of the convolution and shares its parameters (an optimizer made before stays right);
     ``nn.Identity`` takes the other places, so that indices do not shift. Left alone: modules of other classes, used
@@ -104,16 +106,16 @@ def swap_layers(model: nn.Module) -> list[str]:
             continue
         keys = list(module._modules)
         for at, key in enumerate(keys[:-1]):
-            conv, bn = module._modules[key], module._modules[keys[at + 1]]
+            conv: Any = module._modules[key]
+            bn: Any = module._modules[keys[at + 1]]
             act = module._modules[keys[at + 2]] if at + 2 < len(keys) else None
-            if not (_is_free(conv, nn.Conv2d, places) and _is_free(bn, nn.BatchNorm2d, places)):
+            block = next((kind for kind in _BLOCKS if type(conv) is kind._conv_class), None)
+            if block is None or not (_is_free(conv, type(conv), places) and _is_free(bn, block._bn_class, places)):
                 continue
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(bn, nn.BatchNorm2d)
-            if bn.num_features != conv.out_channels or bn.training != conv.training:
+            if bn.num_features != conv.out_channels:
                 continue
             takes_act = act is not None and type(act) in _NAMES and _is_free(act, type(act), places)
-            module._modules[key] = ConvBNAct2d.from_modules(conv, bn, act if takes_act else None)
+            module._modules[key] = block.from_modules(conv, bn, act if takes_act else None)
             module._modules[keys[at + 1]] = nn.Identity()
             if takes_act:
                 module._modules[keys[at + 2]] = nn.Identity()

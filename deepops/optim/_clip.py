@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepops._library import _C
-from deepops.optim._coverage import uncovered_param
+from deepops.optim._coverage import uncovered_tensor
 from deepops.optim._scaling import GradNorm
 
 
@@ -84,7 +84,7 @@ def _covered(grads: list[Tensor]) -> Any:
     if len({grad.device for grad in grads}) != 1:
         return None
     backend = _backend(grads[0])
-    if any(uncovered_param(grad, "adam", backend) for grad in grads):
+    if any(uncovered_tensor(grad, backend) for grad in grads):
         return None
     table = _C.GradList(backend, Tensor, grads)  # type: ignore[union-attr]
     return None if table.overlap else table

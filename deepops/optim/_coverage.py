@@ -36,21 +36,21 @@ def uncovered_number(group: Group, names: tuple[str, ...]) -> str:
     return ""
 
 
-def uncovered_param(param: Tensor, kernel: str, backend: str) -> str:
-    """Why the kernel cannot take this parameter; empty when it can."""
-    if type(param) not in TYPES:
-        return f"it is a {type(param).__name__}"
-    if param.layout is not torch.strided:
-        return f"its layout is {param.layout}"
-    if param.dtype not in _DTYPES:
-        return f"its dtype is {param.dtype}"
-    if _C is None or not _C.has_step(kernel, backend):
+def uncovered_tensor(tensor: Tensor, backend: str) -> str:
+    """Why the kernels cannot take this parameter or gradient; empty when they can."""
+    if type(tensor) not in TYPES:
+        return f"it is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.dtype not in _DTYPES:
+        return f"its dtype is {tensor.dtype}"
+    if _C is None or not _C.has_backend(backend):
         return f"there is no kernel for {backend}"
-    if param.device.type == "cuda" and (reason := gpu_not_covered(param.device.index)):
+    if tensor.device.type == "cuda" and (reason := gpu_not_covered(tensor.device.index)):
         return reason
-    if not _C.is_dense(param.shape, param.stride()):
+    if not _C.is_dense(tensor.shape, tensor.stride()):
         return "its memory has gaps or overlaps"
-    if param.is_neg() or param.is_conj() or param.is_inference() or (param.numel() > 0 and param.data_ptr() == 0):
+    if tensor.is_neg() or tensor.is_conj() or tensor.is_inference() or (tensor.numel() > 0 and tensor.data_ptr() == 0):
         return "its values are not plain memory of its own"
     return ""
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from deepops.optim._sharding import NormOverProcesses, grad_part, local
 
 if TYPE_CHECKING:
-    from deepops.optim._base import FusedStep, _Plan
+    from deepops.optim._base import FusedStep
+    from deepops.optim._plan import Plan
 
 
 class GradNorm:
@@ -136,15 +137,8 @@ class Scaling:
         found_inf = self.found_inf
         return not self.measures and found_inf is not None and found_inf.is_cpu and bool(found_inf != 0)
 
-    def measure(self, plans: list[_Plan], others: list[Tensor], over_processes: NormOverProcesses | None) -> None:
-        """Read all gradients once, where the step clips or checks them: the norm of all of them to every device.
-
-        others: parameters that the plans do not take.
-        """
-        if not self.measures:
-            for plan in plans:
-                plan.norm = None
-            return
+    def measure(self, plans: list[Plan], others: list[Tensor], over_processes: NormOverProcesses | None) -> None:
+        """Read all gradients once: the norm of all of them to every device. others: parameters that no plan takes."""
         by_row = [self._read_gradients(plan, bool(over_processes)) for plan in plans]
         extra = [_totals(grad_part(p)) for p in others]
         norms = [plan.norm for plan in plans if plan.norm]
@@ -164,7 +158,7 @@ class Scaling:
         if others and plans[0].norm:
             self._total = plans[0].norm.totals.tolist()
 
-    def _read_gradients(self, plan: _Plan, each: bool) -> Tensor:
+    def _read_gradients(self, plan: Plan, each: bool) -> Tensor:
         """Have ``plan.norm`` found; with ``each`` the totals of every row of the table, too: [rows, 2]."""
         plan.norm = plan.norm or GradNorm(plan.device)
         by_row = torch.zeros(len(plan.table.rows) if each else 0, 2, dtype=torch.float64, device=plan.device)
@@ -194,7 +188,7 @@ class Scaling:
             for _, theirs, grad in scaled:
                 write_back(theirs, grad)
 
-    def arguments(self, plan: _Plan) -> tuple[int, int, int, float, bool, bool]:
+    def arguments(self, plan: Plan) -> tuple[int, int, int, float, bool, bool]:
         """For ``StepTable.run``."""
         norm = plan.norm.address if plan.norm else 0
         grad_scale, found_inf = (self._address(t, plan.device) for t in (self.grad_scale, self.found_inf))

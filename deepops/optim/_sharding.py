@@ -49,7 +49,7 @@ def _distributed_alike(a: Any, b: Any) -> bool:
     return bool(a.placements == b.placements and a.device_mesh == b.device_mesh and a.shape == b.shape)
 
 
-def uncovered_param(param: Tensor, kernel: str, backend: str) -> str:
+def uncovered_param(param: Tensor, backend: str) -> str:
     """Why the kernel cannot take this parameter, or this process's part of it; empty when it can."""
     if is_sharded(param):
         placements, mesh = param.placements, param.device_mesh  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def uncovered_param(param: Tensor, kernel: str, backend: str) -> str:
             return "it is a DTensor on a mesh without this process"
         if local(param).grad_fn is not None or local(param).grad is not None:
             return "it is a DTensor whose local tensor has a gradient of its own"
-    return _coverage.uncovered_param(local(param), kernel, backend)
+    return _coverage.uncovered_tensor(local(param), backend)
 
 
 def uncovered_grad(param: Tensor) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.adam import adam as _torch_adam
 from torch.optim.optimizer import ParamsT
 
-from deepops.optim._base import FusedStep, StateNames
+from deepops.optim._base import FusedStep
 from deepops.optim._coverage import Group, uncovered_number
+from deepops.optim._plan import StateNames
 
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 _OPTIONS = ("lr", "weight_decay", "eps", *_FLAGS, "foreach", "capturable", "differentiable", "fused")
@@ -142,7 +143,6 @@ class Adam(_AdamStep, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._step_supports_amp_scaling = True
 
 
 class AdamW(_AdamStep, torch.optim.AdamW):
@@ -209,4 +209,3 @@ class AdamW(_AdamStep, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_supports_amp_scaling = True

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.rmsprop import rmsprop as _torch_rmsprop
 
-from deepops.optim._base import FusedStep, StateNames
+from deepops.optim._base import FusedStep
 from deepops.optim._coverage import Group, uncovered_number
+from deepops.optim._plan import StateNames
 
 _NUMBERS = ("lr", "alpha", "eps", "weight_decay", "momentum")
 _FLAGS = ("centered", "maximize")
@@ -76,7 +77,6 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
         )
-        self._step_supports_amp_scaling = True
 
     def _uncovered_options(self, group: Group, backend: str | None = None) -> str:
         if group["differentiable"]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd as _torch_sgd
 
-from deepops.optim._base import FusedStep, StateNames
+from deepops.optim._base import FusedStep
 from deepops.optim._coverage import Group, uncovered_number
+from deepops.optim._plan import StateNames
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _FLAGS = ("nesterov", "maximize")
@@ -86,7 +87,6 @@ class SGD(FusedStep, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_supports_amp_scaling = True
 
     def _uncovered_options(self, group: Group, backend: str | None = None) -> str:
         if group["differentiable"]:

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "hardswish", "identity")
 
 
-def activation(z: Tensor, name: str, negative_slope: float = 0.01, approximate: str = "none") -> Tensor:
+def activation(
+    z: Tensor, name: str, negative_slope: float = 0.01, approximate: str = "none", *, inplace: bool = False
+) -> Tensor:
     """Apply one of ``ACTIVATIONS``; ``"gelu_tanh"``, as the compiled ops say, is gelu with ``approximate="tanh"``.
+
+    ``inplace`` as in ``torch.nn.functional.relu``; gelu does without.
 
     >>> activation(torch.tensor([-1.0, 2.0]), "leaky_relu", negative_slope=0.5)
     tensor([-0.5000,  2.0000])
@@ -25,13 +29,13 @@ def activation(z: Tensor, name: str, negative_slope: float = 0.01, approximate: 
     if name == "identity":
         return z
     if name == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
+        return F.leaky_relu(z, negative_slope, inplace)
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else approximate)
     plain = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
     if name not in plain:
         raise ValueError(f"activation: {name!r} is not one of {', '.join(ACTIVATIONS)}")
-    return plain[name](z)
+    return plain[name](z, inplace)
 
 
 _activation = activation  # batch_norm_act has an argument of that name
@@ -158,16 +162,14 @@ def _update(
 ) -> None:
     """Update the running statistics and the counter in place, without reading anything back to the host."""
     factor: float | Tensor = 0.0 if momentum is None else momentum  # torch.nn.BatchNorm2d: None and no counter is 0
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = num_batches_tracked.to(mean.dtype).reciprocal()
-    if isinstance(count, int) and count == 0:  # as torch: an empty batch is counted and changes no statistics
-        return
-    if isinstance(count, Tensor):
+    if num_batches_tracked is not None and momentum is None:
+        factor = (num_batches_tracked + 1).to(mean.dtype).reciprocal()
+    if isinstance(count, Tensor):  # stays where it is
         factor, count = factor * (count > 1).to(count.dtype), count.clamp(min=2)
-    unbiased = count / (count - 1)
-    if running_mean is not None:
-        running_mean.copy_((1 - factor) * running_mean + factor * mean)
-    if running_var is not None:
-        running_var.copy_((1 - factor) * running_var + factor * (var * unbiased))
+    if isinstance(count, Tensor) or count:  # as torch: an empty batch is counted and changes no statistics
+        if running_mean is not None:
+            running_mean.copy_((1 - factor) * running_mean + factor * mean)
+        if running_var is not None:
+            running_var.copy_((1 - factor) * running_var + factor * (var * (count / (count - 1))))
+    if num_batches_tracked is not None:  # last: torch.func may refuse to write
+        num_batches_tracked.add_(1)
