@@ -110,7 +110,7 @@ def test_bias_before_batch_statistics(dims: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_layouts_of_the_input(mode: str, dims: int) -> None:
     pools: Pools = defaultdict(ErrorPool)
-    for seed in range(3):
+    for seed in range(8):
         for name, x in make_layouts(make_input(dims)).items():
             block = make_block(4, 8, 3, dims=dims, padding=1, activation="silu", seed=seed)
             compare(pools, block, x, None, mode, name)
