@@ -13,7 +13,6 @@ from cli_tools import write_idx
 
 from deepops import _library, testing
 from deepops.optim._base import FusedStep
-from deepops.testing import use_threads
 
 
 def _require(backend: str) -> None:
@@ -50,13 +49,6 @@ def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
         optim_cases.attach_simt()
         monkeypatch.setattr(FusedStep, "_backend", optim_cases.SimtAdam._backend)
     return backend
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests on small tensors: a second thread costs more than it brings."""
-    with use_threads(1):
-        yield
 
 
 @pytest.fixture(autouse=True)

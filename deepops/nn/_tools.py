@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def is_recorded(x: object) -> bool:
@@ -27,6 +32,17 @@ def is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def shared_with(bn: _BatchNorm) -> ProcessGroup | None:
+    """The processes that share the batch of ``bn`` in training; None: it has all of it. By the rules of SyncBatchNorm.
+
+    They are those of its ``process_group``. ``torch.nn.SyncBatchNorm`` without one means all processes there are.
+    """
+    if not bn.training or not dist.is_available() or not dist.is_initialized():
+        return None
+    group: ProcessGroup | None = getattr(bn, "process_group", None)
+    return dist.group.WORLD if group is None and isinstance(bn, torch.nn.SyncBatchNorm) else group
+
+
 class RefusesSyncConversion:
     """A class attribute ``qconfig``, which ``convert_sync_batchnorm`` asks for when it replaces a batch normalization.
 
@@ -39,7 +55,7 @@ class RefusesSyncConversion:
         """Raise, as for any missing attribute, or saying why the layer can not be converted."""
         if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise TypeError(
-                f"SyncBatchNorm.convert_sync_batchnorm would drop the activation of {owner.__name__}: put the modules "
-                "of its to_modules() in its place before"
+                f"SyncBatchNorm.convert_sync_batchnorm would drop the activation of {owner.__name__}: give it a "
+                "process_group instead, or put the modules of its to_modules() in its place before"
             )
         raise AttributeError(f"{owner.__name__!r} object has no attribute 'qconfig'")

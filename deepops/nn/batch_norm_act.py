@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from deepops import functional
 from deepops._explain import kernel_note
 from deepops.nn._activation import as_activation
-from deepops.nn._tools import RefusesSyncConversion, is_recomputation, is_recorded
+from deepops.nn._tools import RefusesSyncConversion, is_recomputation, is_recorded, shared_with
 from deepops.reference.batch_norm_act import activation as apply_activation
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
 
@@ -40,6 +41,7 @@ class _BatchNormAct(_BatchNorm):
         activation: str | nn.Module = "relu",
         negative_slope: float = 0.01,
         approximate: str = "none",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """See the class."""
         parsed = as_activation(activation, negative_slope, approximate)
@@ -47,6 +49,7 @@ class _BatchNormAct(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)  # torch's own layers take the argument from 2.13 on
         self._activation = parsed
+        self.process_group = process_group
 
     @property
     def activation(self) -> str:
@@ -65,9 +68,12 @@ class _BatchNormAct(_BatchNorm):
 
     def to_modules(self) -> tuple[_BatchNorm, nn.Module]:
         """``(bn, act)``: torch's own modules on the same parameters and buffers."""
-        bn = self._stock(
-            self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
-        )
+        options = (self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats)
+        bn: _BatchNorm
+        if self.process_group is None:
+            bn = self._stock(*options, device="meta")
+        else:
+            bn = nn.SyncBatchNorm(*options, self.process_group, device="meta")
         _share(self, bn)
         return bn, self._activation.to_module()
 
@@ -96,6 +102,7 @@ class _BatchNormAct(_BatchNorm):
             approximate=approximate,
             residual=residual,
             num_batches_tracked=counter,
+            process_group=shared_with(self),
         )
 
     def extra_repr(self) -> str:
@@ -116,7 +123,7 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     the output instead of two. ``torch.jit.trace``, ``torch.export`` and ONNX export record torch's own operations. When
     ``torch.utils.checkpoint`` runs the forward once more, inside the backward, the running statistics and their counter
     are left alone (stock modules update them twice). ``SyncBatchNorm.convert_sync_batchnorm`` knows nothing of the
-    activation and would drop it: it raises a TypeError; put the modules of ``to_modules()`` in this layer's place.
+    activation and would drop it: it raises a TypeError; use ``process_group``.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as ``torch.nn.BatchNorm2d``.
@@ -124,6 +131,9 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
             or the ``torch.nn`` module of one of these.
         negative_slope: of leaky_relu.
         approximate: of gelu: ``"none"`` or ``"tanh"``.
+        process_group: processes that share the batch in training, as those of ``torch.nn.SyncBatchNorm``, on every
+            device: see :func:`deepops.functional.batch_norm_act` (default None: this process has all of it;
+            ``torch.distributed.group.WORLD``: all processes).
 
     Shapes: input, residual and output ``[N, C, H, W]``; fp32, fp64, fp16 or bf16.
 

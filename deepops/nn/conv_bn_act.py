@@ -15,11 +15,12 @@ from deepops._checks import Size, check_convolution, check_data
 from deepops._explain import kernel_note
 from deepops.nn._activation import as_activation
 from deepops.nn._folding import FoldedWeights, folded_forward, folds
-from deepops.nn._tools import is_recorded
+from deepops.nn._tools import is_recorded, shared_with
 from deepops.nn.batch_norm_act import batch_norm_state
 from deepops.reference.batch_norm_act import activation as apply_activation
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -51,6 +52,7 @@ class _ConvBNAct(nn.Module):
         approximate: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -70,7 +72,12 @@ class _ConvBNAct(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn = self._bn_class(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        bn_options = (out_channels, eps, momentum, affine, track_running_stats)
+        self.bn: _BatchNorm
+        if process_group is None:
+            self.bn = self._bn_class(*bn_options, device=device, dtype=dtype)
+        else:
+            self.bn = nn.SyncBatchNorm(*bn_options, process_group, device=device, dtype=dtype)
 
     @property
     def activation(self) -> str:
@@ -83,11 +90,11 @@ class _ConvBNAct(nn.Module):
 
         Args:
             conv: the convolution, ``C`` to ``K`` channels.
-            bn: over ``K`` channels, of as many dimensions.
+            bn: over ``K`` channels, of as many dimensions, or ``torch.nn.SyncBatchNorm``.
             activation: a name, one of torch's modules, or None for the identity.
         """
         for name, module, wanted in (("conv", conv, cls._conv_class), ("bn", bn, cls._bn_class)):
-            if not isinstance(module, wanted):
+            if not isinstance(module, wanted) and not (name == "bn" and isinstance(module, nn.SyncBatchNorm)):
                 raise TypeError(f"{name}: expected torch.nn.{wanted.__name__}, got {type(module).__name__}")
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn: expected {conv.out_channels} features, the channels of conv, got {bn.num_features}")
@@ -143,6 +150,7 @@ class _ConvBNAct(nn.Module):
             approximate=approximate,
             residual=residual,
             num_batches_tracked=counter,
+            process_group=shared_with(bn),
         )
 
     def train(self, mode: bool = True) -> Self:
@@ -156,7 +164,7 @@ class _ConvBNAct(nn.Module):
 
     def _plain_reason(self, conv: nn.Module | None, bn: nn.Module | None) -> str | None:
         """Why the submodules must be called one by one, or None. Runs in every forward."""
-        if type(conv) is not self._conv_class or type(bn) is not self._bn_class:
+        if type(conv) is not self._conv_class or type(bn) not in (self._bn_class, nn.SyncBatchNorm):
             name, module = ("conv", conv) if type(conv) is not self._conv_class else ("bn", bn)
             return f"{name} is a {type(module).__name__}"
         for name, module in (("conv", conv), ("bn", bn)):
@@ -200,9 +208,13 @@ class ConvBNAct2d(_ConvBNAct):
     output. Where ``bn.weight`` or ``bn.bias`` want gradients, batch normalization by running statistics is one pass, as
     in training.
 
-    If ``conv`` or ``bn`` is replaced by another class (``SyncBatchNorm``, a parametrization, a quantized layer), has
-    hooks or an own ``forward``, or while global module hooks are set, the layer calls its submodules one by one
-    instead; ``deepops.explain(layer)`` says so. So it does while ``torch.jit.trace``, ``torch.export``, ONNX export or
+    With ``process_group``, or where ``SyncBatchNorm.convert_sync_batchnorm`` has made it so, ``bn`` is a
+    ``torch.nn.SyncBatchNorm``: its processes share the batch in training, on every device, in the same passes (see
+    :func:`deepops.functional.batch_norm_act`).
+
+    If ``conv`` or ``bn`` is replaced by another class (a parametrization, a quantized layer), has hooks or an own
+    ``forward``, or while global module hooks are set, the layer calls its submodules one by one instead;
+    ``deepops.explain(layer)`` says so. So it does while ``torch.jit.trace``, ``torch.export``, ONNX export or
     ``torch.fx`` records it, so that what they make needs no deepops.
 
     When ``torch.utils.checkpoint`` runs the forward once more, inside the backward, the running statistics and their
@@ -219,6 +231,7 @@ class ConvBNAct2d(_ConvBNAct):
         negative_slope: of leaky_relu.
         approximate: of gelu: ``"none"`` or ``"tanh"``.
         device, dtype: of parameters and buffers.
+        process_group: processes that share the batch (default None: this one has all of it).
 
     Shapes: input ``[N, C, H, W]``, residual and output ``[N, K, H', W']``; fp32, fp64, fp16 or bf16. Without a batch
     dimension there is an error, as from ``torch.nn.BatchNorm2d``.

@@ -13,6 +13,7 @@ from deepops.nn._activation import Activation, as_activation
 from deepops.nn.conv_bn_act import Conv, ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, _ConvBNAct
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
 
@@ -36,6 +37,7 @@ class _OnlyReLU(_ConvBNAct):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -54,6 +56,7 @@ class _OnlyReLU(_ConvBNAct):
             track_running_stats,
             device=device,
             dtype=dtype,
+            process_group=process_group,
         )
 
     @classmethod
