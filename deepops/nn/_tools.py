@@ -20,7 +20,7 @@ def is_recorded(x: object) -> bool:
     By ``torch.jit.trace``, ONNX export, ``torch.export`` or ``torch.fx``. Then the layers do what stock ones do.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # the compiler of torch 2.11 takes is_exporting() for true
     return torch._C._is_tracing() or isinstance(x, Proxy)
 
 
