@@ -1,0 +1,1 @@
+// depthwise_bn_act on CUDA
