@@ -29,6 +29,7 @@ from deepops._checks import (
     check_residual,
 )
 from deepops._convolution import convolution
+from deepops._depthwise import depthwise_bn_act, geometry_of
 from deepops._library import binaries, gpu_not_covered, has_kernel
 
 __all__ = ["batch_norm_act", "conv_bn_act"]
@@ -131,6 +132,10 @@ def conv_bn_act(
     ``x``, the weights and one tensor of the size of the output (stock modules keep two). Batch statistics remove
     ``conv_bias`` again, so with ``training`` it is never added: the running mean gets it and its gradient is exactly 0.
 
+    In training, depthwise convolutions of 16 channels and more (``groups`` = C = K) of channels_last fp32 or fp64 data on
+    the CPU, without residual, autocast, compilation or ``torch.func``, are one op that computes the convolution again
+    wherever it is needed: the backward then keeps nothing of the size of the output.
+
     Args:
         x: ``[N, C, H, W]``.
         conv_weight: ``[K, C / groups, R, S]``, dtype of ``x``.
@@ -146,9 +151,17 @@ def conv_bn_act(
     check_data("x", x)
     check_activation(activation, approximate)
     check_convolution(x, conv_weight, conv_bias, groups, autocast_enabled(x))
-    y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
     settings = (training, momentum, eps, activation, negative_slope, approximate)
     shift = conv_bias if training else None
+    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups) if training and residual is None else None
+    if geometry and _fit(x, None, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
+        statistics = (running_mean, running_var, num_batches_tracked)
+        name = "gelu_tanh" if activation == "gelu" and approximate == "tanh" else activation
+        options = (geometry, momentum, eps, name, negative_slope)
+        y = depthwise_bn_act(x, conv_weight, shift, weight, bias, statistics, options)
+        _after_training(*statistics, shift, momentum)
+        return y
+    y = convolution(x, conv_weight, None if training else conv_bias, stride, padding, dilation, groups)
     if _fit(y, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum):
         return _run(y, residual, weight, bias, shift, running_mean, running_var, num_batches_tracked, settings)
     check_batch_norm(y, running_mean, running_var, weight, bias, training, momentum, num_batches_tracked)
@@ -281,10 +294,7 @@ def _run(
             x, residual, weight, bias, running_mean, invstd, activation, negative_slope
         )
     if training:
-        if not torch.compiler.is_compiling():
-            _count_writes(*statistics)
-        if shift is not None and running_mean is not None:
-            _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
+        _after_training(*statistics, shift, momentum)
     return y
 
 
@@ -331,6 +341,20 @@ def _plain(
         if shift.requires_grad and torch.is_grad_enabled():
             y = y + shift[:0].sum().to(y.dtype)  # a sum of nothing, so that the gradient of shift is 0 and not None
     return y
+
+
+def _after_training(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    shift: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """What is left to do once an op has updated the running statistics."""
+    if not torch.compiler.is_compiling():
+        _count_writes(running_mean, running_var, num_batches_tracked)
+    if shift is not None and running_mean is not None:
+        _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
 
 
 def _count_writes(*written: Tensor | None) -> None:

@@ -89,34 +89,34 @@ struct Strip {
   int64_t at;             // of `begin` in y
 };
 
-// Fetches what the same strip of the next row will need and this one did not.
+// Fetches what the next row will need and this one did not, for the second-level cache: the first is too small for a
+// row of all channels. In the last row of an image that is the next image, which follows it in memory.
 template <class S>
 DEEPOPS_INLINE void fetch_ahead(const Problem& p, const S* image, const Strip& strip) {
-  const int64_t bottom = strip.row * p.stride_y - p.top + (p.filter_height - 1) * p.dilation_y;
+  const int64_t bottom = (strip.row + 1) * p.stride_y - p.top + (p.filter_height - 1) * p.dilation_y;
   const int64_t first = most(0, strip.begin * p.stride_x - p.left);
   const int64_t last = least(p.width, strip.end * p.stride_x);
-  for (int64_t y = bottom + 1; y <= bottom + p.stride_y; ++y) {
-    if (y < 0 || y >= p.height) continue;
+  for (int64_t y = most(0, bottom - p.stride_y + 1); y <= bottom; ++y) {
     const S* at = image + (y * p.width + first) * p.channels;
-    for (int64_t x = first; x < last; ++x, at += p.channels) __builtin_prefetch(at);
+    for (int64_t x = first; x < last; ++x, at += p.channels) __builtin_prefetch(at, 0, 2);
   }
 }
 
 // each(strip, z) for the strips of a row; z is [32][16].
 template <class S, class Each>
-DEEPOPS_INLINE void for_row(const Problem& p, const S* x, const S* filter, int64_t image, int64_t row,
+DEEPOPS_INLINE void for_row(const Problem& p, const void* x, const void* filter, int64_t image, int64_t row,
                             const Taps& taps, const Each& each) {
   alignas(64) S z[kStrip * kLanes];
-  const S* const data = x + image * p.height * p.width * p.channels;
+  const S* const data = static_cast<const S*>(x) + image * p.height * p.width * p.channels;
   for (int64_t tile = 0; tile < p.tiles; ++tile) {
     const int64_t channel = p.first_channel(tile);
+    const S* const weights = static_cast<const S*>(filter) + tile * p.filter_size() * kLanes;
     for (int64_t begin = 0; begin < p.out_width; begin += kStrip) {
       const int64_t end = least(begin + kStrip, p.out_width);
       const int64_t at = ((image * p.out_height + row) * p.out_width + begin) * p.channels + channel;
       const Strip strip{image, row, tile, begin, end, channel, tile * kLanes, at};
       fetch_ahead(p, data + channel, strip);
-      convolve(data + channel, p.stride_x * p.channels, filter + tile * p.filter_size() * kLanes, taps, begin, end, z,
-               kLanes);
+      convolve(data + channel, p.stride_x * p.channels, weights, taps, begin, end, z, kLanes);
       each(strip, z);
     }
   }
@@ -128,8 +128,7 @@ void for_item(const Problem& p, const void* x, const void* filter, const Workspa
   const Item item(p, index);
   for (int64_t image = item.first_image; image < item.last_image; ++image)
     for (int64_t row = item.first_row; row < item.last_row; ++row)
-      for_row(p, static_cast<const S*>(x), static_cast<const S*>(filter), image, row,
-              taps_of_z(p, row, workspace.taps), each);
+      for_row<S>(p, x, filter, image, row, taps_of_z(p, row, workspace.taps), each);
 }
 
 template <class S>
@@ -215,7 +214,7 @@ DEEPOPS_INLINE void for_gradient(const Problem& p, const Backward& args, const S
   const S* grad_y = static_cast<const S*>(args.grad_y) + strip.at + begin * p.channels;
   const int64_t next_row = p.out_width * p.channels;
   for (int64_t j = begin; j < end; ++j, grad_y += p.channels) {
-    __builtin_prefetch(grad_y + next_row);
+    __builtin_prefetch(grad_y + next_row, 0, 2);
     const Lanes<S> centered = load_lanes(z + j * kLanes) - mean;
     each(j, act.backward(load_lanes(grad_y), centered * scale + bias), centered);
   }
@@ -241,6 +240,26 @@ void reduce(const Problem& p, const Backward& args, const Workspace& workspace, 
       }
     });
   }
+}
+
+template <class S, class Act>
+DEEPOPS_INLINE void grad_z(const Problem& p, const Backward& args, const Strip& strip, const S* z, const Act& act,
+                           S* to) {
+  const Lanes<S> mean_grad = numbers_at<S>(args.mean_grad, strip.slot);
+  const Lanes<S> slope_grad = numbers_at<S>(args.slope_grad, strip.slot);
+  const Lanes<S> scale = numbers_at<S>(args.scale, strip.slot);
+  for_gradient(p, args, strip, z, act, 0, strip.end - strip.begin,
+               [&](int64_t j, const Lanes<S>& g, const Lanes<S>& centered) {
+                 store_lanes(to + j * kLanes, scale * (g - mean_grad - centered * slope_grad));
+               });
+}
+
+template <class S>
+DEEPOPS_INLINE void correlate_all(const Problem& p, const S* x, const Strip& strip, const Taps& taps, const S* grad,
+                                  double* grad_filter) {
+  for (int64_t t = 0; t < taps.count; t += kTapsAtOnce)
+    correlate(x, p.stride_x * p.channels, taps.tap + t, least(kTapsAtOnce, taps.count - t), grad, strip.begin,
+              strip.end, grad_filter + strip.tile * p.filter_size() * kLanes);
 }
 
 template <class S>
@@ -277,23 +296,12 @@ void gradients(const Problem& p, const Backward& args, const Workspace& workspac
         for (; next < stop; ++next) {
           const Taps taps = taps_of_z(p, next, workspace.taps);
           const bool mine = grad_filter && next >= item.first_row && next < item.last_row;
-          for_row(p, static_cast<const S*>(args.x), static_cast<const S*>(args.filter), image, next, taps,
-                  [&](const Strip& strip, const S* z) {
-                    const int64_t ring_row = strip.tile * p.ring_rows + next % p.ring_rows;
-                    S* const to = ring + (ring_row * p.out_width + strip.begin) * kLanes;
-                    const Lanes<S> mean_grad = numbers_at<S>(args.mean_grad, strip.slot);
-                    const Lanes<S> slope_grad = numbers_at<S>(args.slope_grad, strip.slot);
-                    const Lanes<S> scale = numbers_at<S>(args.scale, strip.slot);
-                    for_gradient(p, args, strip, z, act, 0, strip.end - strip.begin,
-                                 [&](int64_t j, const Lanes<S>& g, const Lanes<S>& centered) {
-                                   store_lanes(to + j * kLanes, scale * (g - mean_grad - centered * slope_grad));
-                                 });
-                    if (!mine) return;
-                    for (int64_t t = 0; t < taps.count; t += kTapsAtOnce)
-                      correlate(x + strip.channel, p.stride_x * p.channels, taps.tap + t,
-                                least(kTapsAtOnce, taps.count - t), to, strip.begin, strip.end,
-                                grad_filter + strip.tile * p.filter_size() * kLanes);
-                  });
+          for_row<S>(p, args.x, args.filter, image, next, taps, [&](const Strip& strip, const S* z) {
+            const int64_t ring_row = strip.tile * p.ring_rows + next % p.ring_rows;
+            S* const to = ring + (ring_row * p.out_width + strip.begin) * kLanes;
+            grad_z(p, args, strip, z, act, to);
+            if (mine) correlate_all(p, x + strip.channel, strip, taps, to, grad_filter);
+          });
         }
       };
       for (int64_t row = first_x; args.grad_x && row < last_x; ++row) {
