@@ -69,7 +69,7 @@ def test_channels(channels, backend):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, backend):
     pools = DepthwisePools()
-    for shape, slope in product([(3, 19, 7, 8), (2, 32, 9, 9)], (0.2, -0.5) if activation == "leaky_relu" else (0.01,)):
+    for shape, slope in product([(3, 19, 7, 8), (2, 32, 9, 9), (4, 48, 7, 7), (1, 80, 6, 15)], (0.2, -0.5) if activation == "leaky_relu" else (0.01,)):
         pools.add(make_case(shape, activation=activation, negative_slope=slope), f"{shape}")
     pools.check()
 

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/allocate.h"
 #include "core/checks.h"
 #include "core/memory_stats.h"
 
@@ -120,21 +121,16 @@ torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<con
                                    const torch::stable::Tensor& like) {
   size_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size_t(size);
-  const int64_t dims = int64_t(sizes.size());
+  if (bytes < size_t(kPooledBytes)) return empty(sizes, strides, like);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle made;
-  if (bytes < size_t(kPooledBytes)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
-                                                           aoti_torch_device_type_cpu(), -1, &made));
-    return torch::stable::Tensor(made);
-  }
   const size_t size = block_size(bytes);
   void* const data = pool().take(size);
   const auto give = [](void* block, void* size) { pool().give(block, reinterpret_cast<size_t>(size)); };
+  AtenTensorHandle made;
   const auto error =
-      torch_from_blob(data, dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &made,
-                      aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(size));
+      torch_from_blob(data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+                      -1, &made, aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(size));
   if (error != 0) pool().give(data, size);
   STABLE_TORCH_ERROR_CODE_CHECK(error);
   return torch::stable::Tensor(made);

@@ -279,8 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
     const BySlot mean_grad(p, per_value, scratch);
     for (int64_t c = 0; c < p.channels; ++c) per_value[c] = sum_gz[c] * per_count * invstds[c] * invstds[c];
     const BySlot slope_grad(p, per_value, scratch);
-    const auto filter_sums =
-        scratch.take<double>(need_conv_weight ? p.items() * p.slots() * p.filter_size() : 0);
+    const auto filter_sums = scratch.take<double>(need_conv_weight ? p.items() * p.slots() * p.filter_size() : 0);
     args.mean_grad = mean_grad.data();
     args.slope_grad = slope_grad.data();
     args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;

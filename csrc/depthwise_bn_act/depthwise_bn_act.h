@@ -16,7 +16,7 @@ namespace deepops {
 // What a call says, whatever device it is for (host.h). inner is out_height * out_width.
 struct DepthwiseShape : BatchNormActShape {
   int64_t height, width, out_height, out_width;
-  int64_t filter_height, filter_width;  // R, S
+  int64_t filter_height, filter_width;                            // R, S
   int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;  // top, left: padding with zeros
 
   int64_t filter_size() const { return filter_height * filter_width; }
@@ -58,11 +58,11 @@ struct DepthwiseForward {
 struct DepthwiseBackward {
   const void *grad_y, *x;
   const void* filter;
-  void* grad_x;                         // or null
-  double* grad_filter;                  // [items][tiles][R * S][16], or null
+  void* grad_x;         // or null
+  double* grad_filter;  // [items][tiles][R * S][16], or null
   const void *mean, *scale, *bias;
-  const void *mean_grad, *slope_grad;   // grad_z = scale * (g - mean_grad - (z - mean) * slope_grad)
-  double* sums;                         // [items][2][slots]: of g and of g * (z - mean)
+  const void *mean_grad, *slope_grad;  // grad_z = scale * (g - mean_grad - (z - mean) * slope_grad)
+  double* sums;                        // [items][2][slots]: of g and of g * (z - mean)
 };
 
 // Passes over work items [begin, end). Each thread has a workspace of its own, its taps and its ring.

@@ -207,8 +207,8 @@ void forward(const Problem& p, const Forward& args, const Workspace& workspace, 
 
 // each(j, g, z - mean) for the outputs of a strip.
 template <class S, class Act, class Each>
-DEEPOPS_INLINE void for_gradient(const Problem& p, const Backward& args, const Strip& strip, const S* z,
-                                 const Act& act, int64_t begin, int64_t end, const Each& each) {
+DEEPOPS_INLINE void for_gradient(const Problem& p, const Backward& args, const Strip& strip, const S* z, const Act& act,
+                                 int64_t begin, int64_t end, const Each& each) {
   const Lanes<S> mean = numbers_at<S>(args.mean, strip.slot), scale = numbers_at<S>(args.scale, strip.slot);
   const Lanes<S> bias = numbers_at<S>(args.bias, strip.slot);
   const S* grad_y = static_cast<const S*>(args.grad_y) + strip.at + begin * p.channels;
@@ -326,8 +326,7 @@ void sample_any(const Problem& p, const Forward& args, const Workspace& workspac
 
 void statistics_any(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end) {
   with_type(p, [&]<class S>() {
-    p.exact ? statistics<S, double>(p, args, workspace, begin, end)
-            : statistics<S, S>(p, args, workspace, begin, end);
+    p.exact ? statistics<S, double>(p, args, workspace, begin, end) : statistics<S, S>(p, args, workspace, begin, end);
   });
 }
 

@@ -21,8 +21,8 @@ struct Taps {
   int64_t count = 0;
   int64_t first = INT64_MIN, last = INT64_MAX;  // outputs that need every tap
 
-  // In the order of ascending offsets within a run: neighbouring taps of which output j + 1 reads with one what output j
-  // reads with the next.
+  // In the order of ascending offsets within a run: neighbouring taps of which output j + 1 reads with one what output
+  // j reads with the next.
   void add(const Tap& one, bool same_run) {
     tap[count] = one;
     tap[count].run = 1;
@@ -57,8 +57,8 @@ DEEPOPS_INLINE void convolve_run(const S* in, int64_t step, const S* filter, con
   _Pragma("GCC unroll 16") for (int k = 0; k < outputs + run - 1; ++k) {
     const S* const from = padded ? value_or_padding(at + k * step, j + k, *tap) : at + k * step;
     const Lanes<S> value = load_lanes(from);
-    _Pragma("GCC unroll 8") for (int s = 0; s < run; ++s)
-      if (k - s >= 0 && k - s < outputs) sum[k - s] += value * weight[s];
+    _Pragma("GCC unroll 8") for (int s = 0; s < run; ++s) if (k - s >= 0 && k - s < outputs) sum[k - s] +=
+        value * weight[s];
   }
 }
 
@@ -80,8 +80,8 @@ DEEPOPS_INLINE void convolve_block(const S* in, int64_t step, const S* filter, c
     }
     t += run;
   }
-  _Pragma("GCC unroll 8") for (int k = 0; k < outputs; ++k)
-    if (!padded || k < count) store_lanes(out + k * out_step, sum[k]);
+  _Pragma("GCC unroll 8") for (int k = 0; k < outputs; ++k) if (!padded || k < count)
+      store_lanes(out + k * out_step, sum[k]);
 }
 
 // out[(j - begin) * out_step] = sum over taps of filter[weight] * in[offset + j * step], for j in [begin, end).
