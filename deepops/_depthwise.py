@@ -32,8 +32,8 @@ def geometry_of(
 ) -> Geometry | None:
     """What the op is told of a convolution; None where it does not apply.
 
-    It applies to ``C`` groups of one channel, 16 or more, fp32 or fp64 without autocast, channels_last, on the CPU, with
-    more than one value per channel.
+    It applies to ``C`` groups of one channel, 16 or more, fp32 or fp64 without autocast, channels_last, on the CPU,
+    with more than one value per channel.
     """
     channels = conv_weight.size(0)
     if not (
@@ -151,8 +151,18 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
     x, conv_weight, weight, bias, _, _ = ctx.saved_tensors
     geometry, _, eps, activation, negative_slope = ctx.options
+    stride, padding, dilation = geometry
     y = reference.depthwise_bn_act(
-        x, conv_weight, weight, bias, *geometry, eps, activation=activation, negative_slope=negative_slope
+        x,
+        conv_weight,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
     )
     inputs = [x, conv_weight, weight, bias]
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]

@@ -132,9 +132,9 @@ def conv_bn_act(
     ``x``, the weights and one tensor of the size of the output (stock modules keep two). Batch statistics remove
     ``conv_bias`` again, so with ``training`` it is never added: the running mean gets it and its gradient is exactly 0.
 
-    In training, depthwise convolutions of 16 channels and more (``groups`` = C = K) of channels_last fp32 or fp64 data on
-    the CPU, without residual, autocast, compilation or ``torch.func``, are one op that computes the convolution again
-    wherever it is needed: the backward then keeps nothing of the size of the output.
+    In training, a depthwise convolution (``groups`` = C = K) of 16 channels or more, of channels_last fp32 or fp64 data
+    on the CPU, without residual, autocast, compilation or ``torch.func``, is one op with the rest. It computes the
+    convolution again wherever it needs it: the backward then keeps nothing of the size of the output.
 
     Args:
         x: ``[N, C, H, W]``.

@@ -113,9 +113,7 @@ def stock_forward(case: Case) -> Tensor:
     top, bottom, left, right = case.padding
     x = F.pad(case.x.contiguous(), [left, right, top, bottom])
     z = F.conv2d(x, case.conv_weight, None, case.stride, 0, case.dilation, x.size(1))
-    z = F.batch_norm(
-        z, case.running_mean, case.running_var, case.weight, case.bias, True, momentum or 0.0, case.eps
-    )
+    z = F.batch_norm(z, case.running_mean, case.running_var, case.weight, case.bias, True, momentum or 0.0, case.eps)
     return reference.activation(z, case.activation, case.negative_slope)
 
 

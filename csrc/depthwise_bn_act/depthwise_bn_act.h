@@ -19,7 +19,7 @@ struct DepthwiseShape : BatchNormActShape {
   int64_t filter_height, filter_width;                            // R, S
   int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;  // top, left: padding with zeros
 
-  int64_t filter_size() const { return filter_height * filter_width; }
+  DEEPOPS_HD int64_t filter_size() const { return filter_height * filter_width; }
 };
 
 // Work items are the same number of row blocks of every group of images, by shape alone, so that no sum depends on the

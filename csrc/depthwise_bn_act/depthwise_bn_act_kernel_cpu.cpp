@@ -24,7 +24,7 @@ using Backward = DepthwiseBackward;
 using Workspace = DepthwiseWorkspace;
 
 constexpr int64_t kStrip = 32;  // columns; additions in single precision of a statistic, and of a filter's gradient
-constexpr int64_t kGradientFlush = 16;  // of the sums of g, whose terms cancel
+constexpr int64_t kGradientFlush = 8;  // of the sums of g, whose terms cancel
 
 template <class S>
 Lanes<S> numbers_at(const void* numbers, int64_t slot) {

@@ -120,7 +120,7 @@ DEEPOPS_DEVICE double shift_of(const Input<T>& input, int64_t channel) {  // one
 }
 
 template <class T>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 depthwise_statistics(Input<T> input, Partition partition) {
   const int64_t channel = int64_t(gpu::block() % partition.tiles) * gpu::kWarp + gpu::lane();
   const double shift = channel < partition.channels ? shift_of(input, channel) : 0;
@@ -193,7 +193,7 @@ struct Gradient {  // g = grad_y * act'(..)
 };
 
 template <class T>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 depthwise_reduce(Gradient<T> gradient, Partition partition) {
   partition.add([&](int64_t position, int64_t channel, Sums& sums) {
     T centered;
@@ -255,7 +255,7 @@ depthwise_grad_x(DepthwiseShape p, const T* grad_z, const T* filter, T* grad_x) 
 
 // The sums of one tap; `partition.partial` is that tap's.
 template <class T>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 depthwise_grad_filter(Input<T> input, const T* grad_z, Partition partition, int64_t r, int64_t s) {
   partition.add([&](int64_t position, int64_t channel, Sums& sums) {
     const int64_t at = input.read_at(position, r, s);

@@ -47,18 +47,23 @@ DEEPOPS_INLINE const S* value_or_padding(const S* at, int64_t j, const Tap& tap)
   return uint64_t(j - tap.first) < uint64_t(tap.last - tap.first) ? at : reinterpret_cast<const S*>(kZeros);
 }
 
-// A run of taps for `outputs` neighbouring outputs, of which j is the first. What they share is loaded once.
+// A run of taps for `outputs` neighbouring outputs, of which j is the first. What they share is loaded once. A run is
+// added up on its own: sums of sums are more accurate than one long sum, and cost no more additions.
 template <int run, bool padded, class S, int outputs>
 DEEPOPS_INLINE void convolve_run(const S* in, int64_t step, const S* filter, const Tap* tap, int64_t j,
                                  Lanes<S> (&sum)[outputs]) {
   const S* const at = in + tap->offset + j * step;
-  Lanes<S> weight[run];
+  Lanes<S> weight[run], part[outputs];
   for (int s = 0; s < run; ++s) weight[s] = load_lanes(filter + tap[s].weight);
   _Pragma("GCC unroll 16") for (int k = 0; k < outputs + run - 1; ++k) {
     const S* const from = padded ? value_or_padding(at + k * step, j + k, *tap) : at + k * step;
     const Lanes<S> value = load_lanes(from);
-    _Pragma("GCC unroll 8") for (int s = 0; s < run; ++s) if (k - s >= 0 && k - s < outputs) sum[k - s] +=
-        value * weight[s];
+    _Pragma("GCC unroll 8") for (int s = 0; s < run; ++s) {
+      const int output = k - s;
+      if (output < 0 || output >= outputs) continue;
+      part[output] = s == 0 ? value * weight[0] : part[output] + value * weight[s];
+      if (s == run - 1) sum[output] += part[output];
+    }
   }
 }
 

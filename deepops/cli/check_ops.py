@@ -154,11 +154,17 @@ def check_conv_bn_act(setting: Setting) -> Iterator[Comparison]:
         yield from _conv_bn_act(setting, seed)
 
 
-def _conv_bn_act(setting: Setting, seed: int) -> Iterator[Comparison]:
+def check_depthwise(setting: Setting) -> Iterator[Comparison]:
+    """The same with one filter per channel, which is an op of its own for fp32 in channels_last."""
+    for seed in range(3):
+        yield from _conv_bn_act(setting, seed, inputs=19, groups=19)
+
+
+def _conv_bn_act(setting: Setting, seed: int, inputs: int = 8, groups: int = 1) -> Iterator[Comparison]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conv, norm = nn.Conv2d(8, 19, 3, padding=1, bias=False), nn.BatchNorm2d(19)
-    ours = deepops.nn.ConvBNReLU2d(8, 19, 3, padding=1)
+        conv, norm = nn.Conv2d(inputs, 19, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(19)
+    ours = deepops.nn.ConvBNReLU2d(inputs, 19, 3, padding=1, groups=groups)
     ours.conv.load_state_dict(conv.state_dict())
     ours.bn.load_state_dict(norm.state_dict())
     exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
@@ -172,7 +178,7 @@ def _conv_bn_act(setting: Setting, seed: int) -> Iterator[Comparison]:
 
     generator = torch.Generator().manual_seed(seed)
     # Not centered, as images are not: the running mean is then a number of weight, not what rounding left of zero.
-    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, 8, 9, 10, generator=generator) + 1
+    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, inputs, 9, 10, generator=generator) + 1
     noise = torch.randn(6, 19, 9, 10, generator=generator).to(setting.device)
     with torch.no_grad():
         before = F.batch_norm(exact_conv(x.double()), None, None, training=True)
@@ -270,6 +276,7 @@ CHECKS: tuple[OpCheck, ...] = (
     OpCheck("batch_norm_act train", "batch_norm_act_train", check_batch_norm_act(training=True)),
     OpCheck("batch_norm_act eval", "batch_norm_act_eval", check_batch_norm_act(training=False)),
     OpCheck("conv_bn_act", "batch_norm_act_train", check_conv_bn_act),
+    OpCheck("conv_bn_act, depthwise", "depthwise_bn_act_train", check_depthwise),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),
     OpCheck("adamw", "adam", check_optimizer("AdamW"), layouts=("contiguous",)),
     OpCheck("sgd", "sgd", check_optimizer("SGD"), layouts=("contiguous",)),

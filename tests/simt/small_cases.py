@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import backends
 import bn_cases
+import depthwise_cases
 import optim_cases
 import step_cases
 from step_cases import BF16, F16, F32, F64
@@ -44,13 +49,28 @@ def batch_norm_act() -> int:
 
 
 def compare(case: bn_cases.Case, training: bool) -> None:
+    compare_results(bn_cases.op_results, (case, training), case.x.dtype)
+
+
+def compare_results(
+    op_results: Callable[..., dict[str, Tensor]], arguments: tuple[Any, ...], dtype: torch.dtype
+) -> None:
     backends.current = "cpu"
-    expected = bn_cases.op_results(case, training)
+    expected = op_results(*arguments)
     backends.current = "simt"
-    actual = bn_cases.op_results(case, training)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(case.x.dtype, 5e-2)
+    actual = op_results(*arguments)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def depthwise_bn_act() -> int:
+    """Whole and broken warps of channels, taps in the padding, outputs that no input has."""
+    geometries: list[dict[str, Any]] = [{}, {"stride": (2, 3)}, {"filter_size": (2, 3), "dilation": (2, 1)}]
+    for channels, dtype, geometry in product((16, 33), (F32, F64), geometries):
+        case = depthwise_cases.make_case((2, channels, 6, 7), dtype=dtype, activation="silu", **geometry)
+        compare_results(depthwise_cases.op_results, (case,), dtype)
+    return 12
 
 
 def adam() -> int:
@@ -121,7 +141,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act):
+    for cases in (adam, optimizers, clip, batch_norm_act, depthwise_bn_act):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested
