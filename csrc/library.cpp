@@ -41,6 +41,18 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "batch_norm_act_input_grad(Tensor grad_y, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, Tensor sums, Tensor count, str activation, float negative_slope, bool need_residual) -> "
       "(Tensor grad_x, Tensor grad_residual)");
+  // act(batch_norm(conv2d(x, conv_weight, groups=C))) with batch statistics, channels_last, C of 16 or more, fp32 or
+  // fp64; z, the convolution's result, is computed again wherever it is needed. mean and invstd are those of z. stride,
+  // dilation: y, x. padding: top, bottom, left, right.
+  m.def(
+      "depthwise_bn_act_train(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int[2] stride, int[4] padding, int[2] dilation, "
+      "float? momentum, float eps, str activation, float negative_slope) -> (Tensor y, Tensor mean, Tensor invstd)");
+  m.def(
+      "depthwise_bn_act_backward(Tensor grad_y, Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, int[2] stride, int[4] padding, int[2] dilation, str activation, "
+      "float negative_slope, bool need_x, bool need_conv_weight, bool need_affine) -> "
+      "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

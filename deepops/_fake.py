@@ -112,6 +112,55 @@ def _batch_norm_act_input_grad(
     return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
 
 
+def _depthwise_bn_act_train(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pads = (padding[0] + padding[1], padding[2] + padding[3])
+    sizes = [
+        (x.size(2 + i) + pads[i] - dilation[i] * (conv_weight.size(2 + i) - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    y = x.new_empty([x.size(0), x.size(1), *sizes]).contiguous(memory_format=torch.channels_last)
+    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
+    return y, statistics, torch.empty_like(statistics)
+
+
+def _depthwise_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    negative_slope: float,
+    need_x: bool,
+    need_conv_weight: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def affine() -> Tensor:
+        return x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
+
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    return grad_x, torch.empty_like(conv_weight) if need_conv_weight else x.new_empty(0), affine(), affine()
+
+
 def _adam(
     params: list[Tensor],
     grads: list[Tensor],
@@ -176,6 +225,8 @@ def register() -> None:
     torch.library.register_fake("deepops::batch_norm_act_merge", _batch_norm_act_merge)
     torch.library.register_fake("deepops::batch_norm_act_reduce", _batch_norm_act_reduce)
     torch.library.register_fake("deepops::batch_norm_act_input_grad", _batch_norm_act_input_grad)
+    torch.library.register_fake("deepops::depthwise_bn_act_train", _depthwise_bn_act_train)
+    torch.library.register_fake("deepops::depthwise_bn_act_backward", _depthwise_bn_act_backward)
     torch.library.register_fake("deepops::adam", _adam)
     torch.library.register_fake("deepops::sgd", _sgd)
     torch.library.register_fake("deepops::rmsprop", _rmsprop)

@@ -35,6 +35,7 @@ from deepops._checks import (
     transforms_active,
 )
 from deepops._convolution import convolution
+from deepops._depthwise import depthwise_bn_act, geometry_of
 from deepops._folding import conv_act, fold, folds_with_gradients
 from deepops._library import binaries, gpu_not_covered, has_kernel
 from deepops._sync import synchronized
@@ -164,6 +165,10 @@ def conv_bn_act(
     ``weight`` and ``bias``, these and the running statistics are folded into the weights of the convolution: there is
     no pass of batch normalization, forward or backward, and the tensor kept is the output itself for the ReLU family.
 
+    In training, a depthwise convolution (``groups`` = C = K) of 16 channels or more, of channels_last fp32 or fp64 data
+    on the CPU, without residual, autocast, compilation or ``torch.func``, is one op with the rest. It computes the
+    convolution again wherever it needs it: the backward then keeps nothing of the size of the output.
+
     Args:
         x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.
         conv_weight: ``[K, C / groups, *kernel_size]``, dtype of ``x``.
@@ -189,9 +194,18 @@ def conv_bn_act(
     ):
         folded, folded_bias = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return conv_act(x, folded, folded_bias, residual, *geometry, activation, negative_slope, approximate)
+    shift = conv_bias if training else None
+    if training and residual is None and process_group is None:
+        depthwise = geometry_of(x, conv_weight, *geometry)
+        statistics = (running_mean, running_var, num_batches_tracked)
+        if depthwise and _fit(x, None, weight, bias, *statistics, training, momentum, eps):
+            name = "gelu_tanh" if activation == "gelu" and approximate == "tanh" else activation
+            options = (depthwise, momentum, eps, name, negative_slope)
+            y = depthwise_bn_act(x, conv_weight, shift, weight, bias, statistics, options)
+            _after_training(*statistics, shift, momentum)
+            return y
     y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
     settings = (training, momentum, eps, activation, negative_slope, approximate, None)
-    shift = conv_bias if training else None
     if process_group is not None and training:
         vectors = (running_mean, running_var, num_batches_tracked)
         return _in_group(y, residual, weight, bias, shift, *vectors, settings, process_group)
@@ -363,10 +377,7 @@ def _run(
             x, residual, weight, bias, running_mean, invstd, activation, negative_slope
         )
     if training:
-        if not torch.compiler.is_compiling():
-            _count_writes(*statistics)
-        if shift is not None and running_mean is not None:
-            _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
+        _after_training(*statistics, shift, momentum)
     return y
 
 
@@ -430,6 +441,20 @@ def _plain(
 def _is_batched(tensor: Tensor) -> bool:
     """Whether ``tensor`` stands for several, inside ``torch.vmap``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
+
+
+def _after_training(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    shift: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """What is left to do once an op has updated the running statistics."""
+    if not torch.compiler.is_compiling():
+        _count_writes(running_mean, running_var, num_batches_tracked)
+    if shift is not None and running_mean is not None:
+        _shift_running_mean(running_mean, shift, momentum, num_batches_tracked)
 
 
 def _count_writes(*written: Tensor | None) -> None:

@@ -33,7 +33,7 @@ struct BatchNormActShape {
   // Offsets of samples spread over the values of channel 0; `next_channel` further on lie those of the next one.
   int64_t samples, sample_offset[8], next_channel;
 
-  int64_t count() const { return batch * inner; }  // values of a channel
+  DEEPOPS_HD int64_t count() const { return batch * inner; }  // values of a channel
 };
 
 struct BatchNormActProblem : BatchNormActShape {

@@ -5,20 +5,28 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <span>
 
 #include "core/stable.h"
 
 namespace deepops::core {
 
-// Uninitialised, dense, with the sizes, strides, dtype and device of `like`, which is dense itself.
-inline torch::stable::Tensor empty_like(const torch::stable::Tensor& like) {
+// Uninitialised, dense with the given strides, of the dtype and on the device of `like`.
+inline torch::stable::Tensor empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
+                                   const torch::stable::Tensor& like) {
   int32_t dtype, device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), like.strides().data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          device, like.get_device_index(), &made));
   return torch::stable::Tensor(made);
+}
+
+// The same with the sizes and strides of `like`, which is dense.
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& like) {
+  const size_t dims = size_t(like.dim());
+  return empty({like.sizes().data(), dims}, {like.strides().data(), dims}, like);
 }
 
 // Uninitialised, [size]. dtype and device_type: torch's own numbers.

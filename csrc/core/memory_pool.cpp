@@ -117,21 +117,28 @@ MemoryPool& pool() {
 
 }  // namespace
 
-torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like) {
-  const size_t bytes = size_t(like.numel()) * like.element_size();
-  if (bytes < size_t(kPooledBytes)) return empty_like(like);
+torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
+                                   const torch::stable::Tensor& like) {
+  size_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < size_t(kPooledBytes)) return empty(sizes, strides, like);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   const size_t size = block_size(bytes);
   void* const data = pool().take(size);
   const auto give = [](void* block, void* size) { pool().give(block, reinterpret_cast<size_t>(size)); };
   AtenTensorHandle made;
-  const auto error = torch_from_blob(data, like.dim(), like.sizes().data(), like.strides().data(), 0, dtype,
-                                     aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(), nullptr, 0,
-                                     give, reinterpret_cast<void*>(size));
+  const auto error =
+      torch_from_blob(data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+                      -1, &made, aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(size));
   if (error != 0) pool().give(data, size);
   STABLE_TORCH_ERROR_CODE_CHECK(error);
   return torch::stable::Tensor(made);
+}
+
+torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like) {
+  const size_t dims = size_t(like.dim());
+  return pooled_empty({like.sizes().data(), dims}, {like.strides().data(), dims}, like);
 }
 
 }  // namespace deepops::core

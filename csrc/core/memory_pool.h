@@ -11,14 +11,18 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <span>
 
 namespace deepops::core {
 
 // Smaller results are torch's to allocate.
 inline constexpr int64_t kPooledBytes = int64_t(1) << 20;
 
-// Uninitialised, with the sizes, strides and dtype of `like`, which is dense and on the CPU. Its storage cannot be
+// Uninitialised, dense with the given strides, of the dtype of `like`, which is on the CPU. Its storage cannot be
 // resized.
+torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
+                                   const torch::stable::Tensor& like);
+// With the sizes and strides of `like`, which is dense.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
 
 }  // namespace deepops::core

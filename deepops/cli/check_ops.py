@@ -147,27 +147,31 @@ _CONVOLUTIONS = {
 }  # by spatial dimensions
 
 
-def check_conv_bn_act(dims: int, frozen: bool = False) -> Callable[[Setting], Iterator[Comparison]]:
+def check_conv_bn_act(
+    dims: int, frozen: bool = False, depthwise: bool = False
+) -> Callable[[Setting], Iterator[Comparison]]:
     """A step and an evaluation of ConvBNReLU beside convolution, batch norm and ReLU; 16 bits by autocast.
 
-    ``frozen``: by running statistics, and without gradients of batch norm's parameters.
+    ``frozen``: by running statistics, and without gradients of batch norm's parameters. ``depthwise``: with one filter
+    per channel, which is an op of its own for fp32 in channels_last.
     """
 
     def compare(setting: Setting) -> Iterator[Comparison]:
         for seed in range(3):
-            yield from _conv_bn_act(setting, seed, dims, frozen)
+            yield from _conv_bn_act(setting, seed, dims, frozen, depthwise)
 
     return compare
 
 
-def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool) -> Iterator[Comparison]:
+def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool, depthwise: bool) -> Iterator[Comparison]:
     our_class, conv_class, norm_class, size = _CONVOLUTIONS[dims]
+    inputs, groups = (19, 19) if depthwise else (8, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conv, norm = conv_class(8, 19, 3, padding=1, bias=False), norm_class(19)
+        conv, norm = conv_class(inputs, 19, 3, padding=1, groups=groups, bias=False), norm_class(19)
         if frozen:  # statistics that are not the initial ones
             norm(conv(torch.randn(6, 8, *size) * 2 + 1))
-    ours = our_class(8, 19, 3, padding=1)
+    ours = our_class(inputs, 19, 3, padding=1, groups=groups)
     ours.conv.load_state_dict(conv.state_dict())
     ours.bn.load_state_dict(norm.state_dict())
     exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
@@ -181,7 +185,7 @@ def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool) -> Iterat
 
     generator = torch.Generator().manual_seed(seed)
     # Not centered, as images are not: the running mean is then a number of weight, not what rounding left of zero.
-    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, 8, *size, generator=generator) + 1
+    x = Setting(setting.device, torch.float32, setting.layout).tensor(6, inputs, *size, generator=generator) + 1
     noise = torch.randn(6, 19, *size, generator=generator).to(setting.device)
     with torch.no_grad():
         statistics = (exact_norm.running_mean, exact_norm.running_var) if frozen else (None, None)
@@ -285,6 +289,7 @@ CHECKS: tuple[OpCheck, ...] = (
     OpCheck("conv_bn_act 2d", "batch_norm_act_train", check_conv_bn_act(2)),
     OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(3)),
     OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(2, frozen=True)),
+    OpCheck("conv_bn_act depthwise", "depthwise_bn_act_train", check_conv_bn_act(2, depthwise=True)),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),
     OpCheck("adamw", "adam", check_optimizer("AdamW"), layouts=("contiguous",)),
     OpCheck("sgd", "sgd", check_optimizer("SGD"), layouts=("contiguous",)),

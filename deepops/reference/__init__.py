@@ -1,5 +1,6 @@
 """Each op in 10-40 lines of plain PyTorch: oracle, documentation, and the path of devices without a kernel."""
 
 from deepops.reference.batch_norm_act import ACTIVATIONS, activation, batch_norm_act
+from deepops.reference.depthwise_bn_act import depthwise_bn_act
 
-__all__ = ["ACTIVATIONS", "activation", "batch_norm_act"]
+__all__ = ["ACTIVATIONS", "activation", "batch_norm_act", "depthwise_bn_act"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import backends
 import bn_cases
 import bn_sync
+import depthwise_cases
 import optim_cases
 import step_cases
 from step_cases import BF16, F16, F32, F64
@@ -66,6 +69,15 @@ def compare(case: bn_cases.Case, run: Callable[[], dict[str, torch.Tensor]]) -> 
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(case.x.dtype, 5e-2)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def depthwise_bn_act() -> int:
+    """Whole and broken warps of channels, taps in the padding, outputs that no input has."""
+    geometries: list[dict[str, Any]] = [{}, {"stride": (2, 3)}, {"filter_size": (2, 3), "dilation": (2, 1)}]
+    for channels, dtype, geometry in product((16, 33), (F32, F64), geometries):
+        case = depthwise_cases.make_case((2, channels, 6, 7), dtype=dtype, activation="silu", **geometry)
+        compare(case, lambda case=case: depthwise_cases.op_results(case))
+    return 12
 
 
 def adam() -> int:
@@ -136,7 +148,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act, batch_in_parts):
+    for cases in (adam, optimizers, clip, batch_norm_act, batch_in_parts, depthwise_bn_act):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested
