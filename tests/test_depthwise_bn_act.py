@@ -45,15 +45,15 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 SIZES = [(2, 16, 9, 10), (3, 17, 6, 8), (1, 33, 11, 7), (4, 64, 10, 12)]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_geometries(geometry, backend):
-    """Against the oracle; kernels of every remainder of blocks and strips."""
+def test_geometries(backend):
+    """Against the oracle; kernels of every remainder of blocks and strips.
+
+    One pool for all of them: where sums cancel, stock is now and then right by luck.
+    """
     pools = DepthwisePools()
-    widths = [(2, 16, 5, 37), (1, 24, 4, 70), (2, 48, 7, 40)] if backend == "cpu" else []
-    for shape in [*SIZES, *widths]:
-        if geometry == "dilation and stride" and shape[3] < 7:
-            continue
-        pools.add(make_case(shape, **GEOMETRIES[geometry], activation="silu"), f"{shape}")
+    widths = [(2, 16, 5, 37), (1, 24, 4, 70)] if backend == "cpu" else []
+    for (name, geometry), shape in product(GEOMETRIES.items(), [*SIZES, *widths]):
+        pools.add(make_case(shape, **geometry, activation="silu"), f"{name} {shape}")
     pools.check()
 
 

@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kTile = DepthwiseProblem::kTile;
 constexpr int64_t kMostGroups = 64, kFewItems = 32;  // work items: enough for the threads of a large machine
 constexpr int64_t kLeastRows = 14;  // of a block: the backward computes up to R - 1 rows of its neighbours again
+constexpr int64_t kInPlaceBelow = 1 << 21;  // values of y that stay in the cache from one pass to the next
 constexpr int64_t kValuesPerThread = 8192;  // less work than this does not pay for waking a thread
 
 const DepthwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(depthwise_kernels); }
@@ -194,6 +195,10 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   DepthwiseForward args{};
   args.x = x.const_data_ptr();
   args.filter = pack_any(p, conv_weight, scratch);
+  const OutputLayout layout(p);
+  Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
+  args.y = y.mutable_data_ptr();
+  args.in_place = p.stride_y * p.stride_x > 1 || y.numel() <= kInPlaceBelow;
   take_statistics(p, args, workers, means, variances, scratch);
   const auto finite = [](double value) { return std::isfinite(value); };
   if (!p.exact && !std::all_of(variances.begin(), variances.end(), finite)) {  // rare: squares above 1e38, or NaN
@@ -221,9 +226,6 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   for (int64_t c = 0; c < p.channels; ++c) scales[c] *= variances[c];
   const BySlot mean_numbers(p, means, scratch), scale_numbers(p, scales, scratch);
   const BySlot bias_numbers(p, read(bias, p.channels, 0, scratch), scratch);
-  const OutputLayout layout(p);
-  Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
-  args.y = y.mutable_data_ptr();
   args.mean = mean_numbers.data();
   args.scale = scale_numbers.data();
   args.bias = bias_numbers.data();

@@ -1,7 +1,8 @@
 // act(batch_norm(z)) in training, z the depthwise convolution of x: types and kernel declarations of this folder.
 //
-// z is never stored: it costs R * S multiplications a value, less than reading it back, and is computed again from x in
-// every pass. All data is channels_last, [N, H, W, C] in memory.
+// z costs R * S multiplications a value, less than storing and loading it: it is computed again from x in every pass.
+// Only where x is much larger than z, or everything is in the cache, the forward keeps it for a while, in y. All data
+// is channels_last, [N, H, W, C] in memory.
 //
 // Kernels take 16 channels at a time, a tile. The last tile ends with the last channel and overlaps the one before it
 // where C is no multiple of 16; there both compute and write the same. Per-channel numbers and sums come by slot,
@@ -50,6 +51,7 @@ struct DepthwiseForward {
   const void* x;
   const void* filter;  // [tiles][R * S][16]
   void* y;
+  bool in_place;                    // `statistics` leaves z in y, where `forward` finds it
   const void *mean, *scale, *bias;  // y = act((z - mean) * scale + bias)
   const void* shift;                // statistics are taken of z - shift; double if exact
   double* sums;                     // [items][2][slots]: of z - shift, of its square

@@ -102,33 +102,47 @@ DEEPOPS_INLINE void fetch_ahead(const Problem& p, const S* image, const Strip& s
   }
 }
 
+// each(strip) for the strips of a row.
+template <class Each>
+DEEPOPS_INLINE void for_strips(const Problem& p, int64_t image, int64_t row, const Each& each) {
+  for (int64_t tile = 0; tile < p.tiles; ++tile) {
+    const int64_t channel = p.first_channel(tile);
+    for (int64_t begin = 0; begin < p.out_width; begin += kStrip) {
+      const int64_t end = least(begin + kStrip, p.out_width);
+      const int64_t at = ((image * p.out_height + row) * p.out_width + begin) * p.channels + channel;
+      each(Strip{image, row, tile, begin, end, channel, tile * kLanes, at});
+    }
+  }
+}
+
 // each(strip, z) for the strips of a row; z is [32][16].
 template <class S, class Each>
 DEEPOPS_INLINE void for_row(const Problem& p, const void* x, const void* filter, int64_t image, int64_t row,
                             const Taps& taps, const Each& each) {
   alignas(64) S z[kStrip * kLanes];
   const S* const data = static_cast<const S*>(x) + image * p.height * p.width * p.channels;
-  for (int64_t tile = 0; tile < p.tiles; ++tile) {
-    const int64_t channel = p.first_channel(tile);
-    const S* const weights = static_cast<const S*>(filter) + tile * p.filter_size() * kLanes;
-    for (int64_t begin = 0; begin < p.out_width; begin += kStrip) {
-      const int64_t end = least(begin + kStrip, p.out_width);
-      const int64_t at = ((image * p.out_height + row) * p.out_width + begin) * p.channels + channel;
-      const Strip strip{image, row, tile, begin, end, channel, tile * kLanes, at};
-      fetch_ahead(p, data + channel, strip);
-      convolve(data + channel, p.stride_x * p.channels, weights, taps, begin, end, z, kLanes);
-      each(strip, z);
-    }
-  }
+  for_strips(p, image, row, [&](const Strip& strip) __attribute__((always_inline)) {
+    const S* const weights = static_cast<const S*>(filter) + strip.tile * p.filter_size() * kLanes;
+    fetch_ahead(p, data + strip.channel, strip);
+    convolve(data + strip.channel, p.stride_x * p.channels, weights, taps, strip.begin, strip.end, z, kLanes);
+    each(strip, z);
+  });
+}
+
+// each(image, row) for the rows of an item.
+template <class Each>
+DEEPOPS_INLINE void for_rows(const Problem& p, int64_t index, const Each& each) {
+  const Item item(p, index);
+  for (int64_t image = item.first_image; image < item.last_image; ++image)
+    for (int64_t row = item.first_row; row < item.last_row; ++row) each(image, row);
 }
 
 template <class S, class Each>
 void for_item(const Problem& p, const void* x, const void* filter, const Workspace& workspace, int64_t index,
               const Each& each) {
-  const Item item(p, index);
-  for (int64_t image = item.first_image; image < item.last_image; ++image)
-    for (int64_t row = item.first_row; row < item.last_row; ++row)
-      for_row<S>(p, x, filter, image, row, taps_of_z(p, row, workspace.taps), each);
+  for_rows(p, index, [&](int64_t image, int64_t row) {
+    for_row<S>(p, x, filter, image, row, taps_of_z(p, row, workspace.taps), each);
+  });
 }
 
 template <class S>
@@ -188,13 +202,37 @@ void statistics(const Problem& p, const Forward& args, const Workspace& workspac
       }
       add_to(sums + strip.slot, a);
       add_to(sums + p.slots() + strip.slot, b);
+      if (!args.in_place) return;
+      S* y = static_cast<S*>(args.y) + strip.at;
+      for (int64_t j = 0; j < strip.end - strip.begin; ++j, y += p.channels) store_lanes(y, load_lanes(z + j * kLanes));
     });
   }
+}
+
+// From z in y, which is left there. The last tile finds channels that the one before it has finished.
+template <class S, class Act>
+void forward_in_place(const Problem& p, const Forward& args, int64_t begin, int64_t end, const Act& act) {
+  const auto fresh = lane_numbers<S>() >= Lanes<S>(S(p.tiles * kLanes - p.channels));
+  for (int64_t item = begin; item < end; ++item)
+    for_rows(p, item, [&](int64_t image, int64_t row) {
+      for_strips(p, image, row, [&](const Strip& strip) {
+        const Lanes<S> mean = numbers_at<S>(args.mean, strip.slot), scale = numbers_at<S>(args.scale, strip.slot);
+        const Lanes<S> bias = numbers_at<S>(args.bias, strip.slot);
+        const bool overlaps = strip.tile + 1 == p.tiles && p.channels % kLanes != 0;
+        S* y = static_cast<S*>(args.y) + strip.at;
+        for (int64_t j = strip.begin; j < strip.end; ++j, y += p.channels) {
+          __builtin_prefetch(y + p.out_width * p.channels, 1, 2);
+          const Lanes<S> z = load_lanes(y), result = act.forward((z - mean) * scale + bias);
+          store_lanes(y, overlaps ? select(fresh, result, z) : result);
+        }
+      });
+    });
 }
 
 template <class S, class Act>
 void forward(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end,
              const Act& act) {
+  if (args.in_place) return forward_in_place<S>(p, args, begin, end, act);
   for (int64_t item = begin; item < end; ++item)
     for_item<S>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
       const Lanes<S> mean = numbers_at<S>(args.mean, strip.slot), scale = numbers_at<S>(args.scale, strip.slot);
