@@ -339,7 +339,7 @@ def test_errors_are_those_of_the_other_path(calls):
         functional.conv_bn_act(x, weight, None, mean, None, torch.ones(8), **options, padding=1)
     with pytest.raises(RuntimeError, match="stride"):
         functional.conv_bn_act(x, weight, None, mean, None, **options, stride=0)
-    with pytest.raises(RuntimeError, match="same"):
+    with pytest.raises(ValueError, match="same"):
         functional.conv_bn_act(x, weight, None, mean, None, **options, stride=2, padding="same")
     assert not calls
     assert count.item() == 0
