@@ -1,7 +1,7 @@
 """Depthwise convolution, batch normalization and activation as one op in training, for ``deepops.functional``.
 
-The op stores no convolution output: that costs R * S multiplications a value, less than reading it back, so that every
-pass computes it again from ``x``. The backward keeps ``x``, the weights and per-channel vectors.
+The convolution costs R * S multiplications a value, less than storing and loading it: the op computes it again from
+``x`` wherever it needs it. The backward keeps ``x``, the weights and per-channel vectors.
 """
 
 from __future__ import annotations
