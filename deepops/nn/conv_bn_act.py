@@ -185,9 +185,12 @@ class _ConvBNAct(nn.Module):
         if reason is not None:
             return f"not fused, calls its submodules one by one: {reason}"
         device = self.conv.weight.device.type
+        depthwise = 1 < self.conv.groups == self.conv.in_channels == self.conv.out_channels
         one_pass = f"torch's convolution, then batch norm + {self.activation} in one pass"
         one_pass += f" ({kernel_note('batch_norm_act_train', device)})"
         if batch_norm_state(self.bn)[3]:
+            if depthwise and self.conv.weight.dim() == 4 and device == "cpu":
+                return f"fused: one op for fp32 and fp64 in channels_last, from 16 channels on; else {one_pass}"
             return f"fused: {one_pass}"
         folded = "fused, by running statistics: one convolution with weights folded once"
         if any(parameter.requires_grad for parameter in self.bn.parameters()):
@@ -199,7 +202,9 @@ class ConvBNAct2d(_ConvBNAct):
     """``act(bn(conv(x)) + residual)`` with the submodules ``conv`` (``nn.Conv2d``) and ``bn`` (``nn.BatchNorm2d``).
 
     Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
-    input, the weights and the convolution's output (stock modules keep the activation's output too).
+    input, the weights and the convolution's output (stock modules keep the activation's output too); not even that of a
+    depthwise convolution in channels_last on the CPU, which is one op with the rest (conditions: see
+    :func:`deepops.functional.conv_bn_act`).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
     the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,
