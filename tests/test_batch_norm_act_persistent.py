@@ -1,4 +1,4 @@
-"""The training passes of ``batch_norm_act`` in one launch each way, for data that stays on the chip, on the SIMT executor.
+"""The training passes of ``batch_norm_act`` in one launch each way, for data that stays on the chip; on the executor.
 
 Without a pretended device (``simt.device``) there is no room on the chip: the other tests run the two launches.
 """
@@ -122,13 +122,14 @@ def test_bytes_and_coalescing(residual, layout):
 def test_what_does_not_fit_takes_two_launches(layout):
     """Either way by itself: the backward keeps twice as much as the forward, three times with a kept output."""
     case = make_case((4, 8, 40, 40), torch.float32, FORMATS[layout], residual=True)  # 200 KiB
-    two = [["batch_norm_act_statistics", "batch_norm_act_forward"], ["batch_norm_act_reduce", "batch_norm_act_backward"]]
+    two = [["statistics", "forward"], ["reduce", "backward"]]
     expected = op_results(case, True)
     # A device has 48 KiB a block fewer than this for the data.
     for kibibytes, fits in [(10, (False, False)), (72, (True, False)), (300, (True, True))]:
         with simt.device(multiprocessors=3, shared_bytes=(48 + kibibytes) << 10):
             actual, counted = run(case)
-        assert names(counted) == sum(([NAMES[i]] if fit else two[i] for i, fit in enumerate(fits)), [])
+        taken = [["persistent_" + two[i][1]] if fit else two[i] for i, fit in enumerate(fits)]
+        assert names(counted) == [f"batch_norm_act_{name}" for name in taken[0] + taken[1]]
         for key in expected:
             torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4, msg=key)
 

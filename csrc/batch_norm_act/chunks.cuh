@@ -191,20 +191,20 @@ struct Gradient {  // g = grad_y * act'(z)
 
 template <class T, int V, int U>
 struct GradientValues {
-  Values<T, V> grad_y[U], x[U], kept[U];
+  Values<T, V> from_grad_y[U], from_x[U], from_kept[U];
 };
 
 template <class T, int V, int U>
 DEEPOPS_DEVICE void fetch(const Gradient<T>& args, const Chunk<V> (&chunk)[U], GradientValues<T, V, U>& values) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) values.grad_y[u] = fetch(args.grad_y, chunk[u]);
+  for (int u = 0; u < U; ++u) values.from_grad_y[u] = fetch(args.grad_y, chunk[u]);
   if (args.x) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) values.x[u] = fetch(args.x, chunk[u]);
+    for (int u = 0; u < U; ++u) values.from_x[u] = fetch(args.x, chunk[u]);
   }
   if (args.kept) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) values.kept[u] = fetch(args.kept, chunk[u]);
+    for (int u = 0; u < U; ++u) values.from_kept[u] = fetch(args.kept, chunk[u]);
   }
 }
 

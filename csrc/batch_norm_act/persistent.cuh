@@ -17,8 +17,8 @@ struct KeptType<T, 1> {
   using Type = T;
 };
 
-// A block's chunks of kStreams tensors in shared memory; a thread sees its own alone. `next` goes through them in the
-// order of View::for_piece(), whatever U is.
+// A block's chunks of `streams` tensors in shared memory; a thread sees its own alone. Slots are
+// numbered in the order of View::for_piece(), which does not depend on U.
 template <class T, int V>
 struct Kept {
   using Type = typename KeptType<T, V>::Type;
@@ -98,9 +98,9 @@ persistent_backward(Reduce<T> reduce, Backward<T> args, View view, Signals signa
   int slot = 0;
   const auto mine = sum_in<A, kU>(reduce.exact, [&]<class S, int U>() {
     return sum_gradients<S, U>(reduce, view, [&](const auto& chunks, const auto& values) {
-      kept.store(slot, 0, chunks, values.grad_y);
-      kept.store(slot, 1, chunks, values.x);
-      if (args.gradient.kept) kept.store(slot, 2, chunks, values.kept);
+      kept.store(slot, 0, chunks, values.from_grad_y);
+      kept.store(slot, 1, chunks, values.from_x);
+      if (args.gradient.kept) kept.store(slot, 2, chunks, values.from_kept);
       slot += U;
     });
   });
@@ -116,9 +116,9 @@ persistent_backward(Reduce<T> reduce, Backward<T> args, View view, Signals signa
   slot = 0;
   view.template for_piece<kU>([&](const Chunk<V>(&chunks)[kU]) {
     GradientValues<T, V, kU> values;
-    kept.load(slot, 0, chunks, values.grad_y);
-    kept.load(slot, 1, chunks, values.x);
-    if (args.gradient.kept) kept.load(slot, 2, chunks, values.kept);
+    kept.load(slot, 0, chunks, values.from_grad_y);
+    kept.load(slot, 1, chunks, values.from_x);
+    if (args.gradient.kept) kept.load(slot, 2, chunks, values.from_kept);
     slot += kU;
     backward_values(args, chunks, values, numbers);
   });
