@@ -1,12 +1,13 @@
 // batch_norm_act on CUDA: checks, allocation, the order of the launches (gpu_launches.h), registration.
 //
-// At most two launches a pass: sums, then elementwise work.
+// At most two launches a pass: sums, then elementwise work. One where the data stays on the chip.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
 #include "batch_norm_act/gpu_launches.h"
+#include "batch_norm_act/persistent_launches.h"
 #include "batch_norm_act/sync.cuh"
 
 namespace deepops::isa_gpu {
@@ -66,9 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> train(Tensor x, OptionalTensor residual, Opti
     args.num_batches_tracked = momentum.has_value() ? nullptr : counter;
     args.factor = momentum.value_or(0);  // as torch: no update for momentum=None without a count
     args.eps = eps;
+    const auto forward =
+        forward_of<T>(p, x, residual, source_of<A>(found.first, found.second, weight, bias), y, counter);
+    if (launch_persistent_forward(p, x, args, forward, device.stream())) return;
     launch_statistics<T>(p, x, args, device.stream());
-    launch_forward<T>(p, x, residual, source_of<A>(found.first, found.second, weight, bias), y, counter,
-                      device.stream());
+    launch_forward<T>(p, forward, device.stream());
   });
   return {y, found.first, found.second};
 }
@@ -81,7 +84,8 @@ Tensor eval(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTe
   Tensor y = core::empty_like(x);
   if (x.numel() == 0) return y;
   DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
-    launch_forward<T>(p, x, residual, source_of<OpMath<T>>(mean, invstd, weight, bias), y, nullptr, device.stream());
+    const auto source = source_of<OpMath<T>>(mean, invstd, weight, bias);
+    launch_forward<T>(p, forward_of<T>(p, x, residual, source, y, nullptr), device.stream());
   });
   return y;
 }
@@ -115,6 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Tensor grad_y, Tensor x, 
       sums.source = args.source;
       sums.grad_weight = wanted_data<A>(affine.first);
       sums.grad_bias = wanted_data<A>(affine.second);
+      if (want_statistics && launch_persistent_backward(p, x, sums, args, device.stream())) return;
       memory = launch_reduce<T>(p, x, sums, device.stream());
       if (want_statistics) args.mean_grad = sums.mean_grad, args.slope_grad = sums.slope_grad;
     }

@@ -123,10 +123,16 @@ DEEPOPS_DEVICE OpMath<T> sample(const Statistics<T>& args, int channel) {
   return mean - mean == 0 ? mean : 0;  // not finite: any value does
 }
 
+// What becomes of the values that a sum has read, where another pass reads them again.
+struct KeepNothing {
+  template <class Chunks, class Values>
+  DEEPOPS_DEVICE void operator()(const Chunks&, const Values&) const {}
+};
+
 // Adds x - shift and its square. S: the type of the differences. near: receives the shifts of the block's channels.
-template <class S, int U, class T, class View>
+template <class S, int U, class T, class View, class Keep = KeepNothing>
 DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, const View& view,
-                                                     const gpu::Shared<OpMath<T>>& near) {
+                                                     const gpu::Shared<OpMath<T>>& near, const Keep& keep = {}) {
   constexpr int V = View::V;
   typename View::ThreadSums sums;
   const auto shift = view.template numbers<Shift<S>>([&](int channel) {
@@ -138,6 +144,7 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_squares(const Statistics<T>& args, 
     Values<T, V> values[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) values[u] = fetch(args.x, chunks[u]);
+    keep(chunks, values);
     sums.template add<S, U>([&](int u, int i, S& a, S& b) {
       const S d = chunks[u].has(i) ? S(gpu::widen(values[u].value[i])) - shift(i).near : S(0);
       a += d;
@@ -185,16 +192,11 @@ DEEPOPS_DEVICE void repair(const Statistics<T>& args, const View& view, bool bro
   }
 }
 
+// By the block that has the sums of all pieces.
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 2)
-statistics(Statistics<T> args, View view) {
+DEEPOPS_DEVICE void finish_statistics(const Statistics<T>& args, const View& view, const gpu::Shared<OpMath<T>>& near,
+                                      const Sums& sums) {
   using A = OpMath<T>;
-  DEEPOPS_SHARED(A, near, View::kSlots);
-  const auto mine = sum_in<A, kStatisticsUnroll<View>>(
-      args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view, near); });
-  Sums sums = view.block_sums(mine);
-  if (!sum_pieces(view, args.pieces, sums)) return;
-
   const int channel = view.channel(gpu::thread());
   const bool finishes = gpu::thread() < view.columns() && channel < view.channels;
   Moments moments{0, 0};
@@ -220,6 +222,17 @@ statistics(Statistics<T> args, View view) {
   args.running.learn(channel, moments, args.unbiased, factor);
 }
 
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads, 2)
+statistics(Statistics<T> args, View view) {
+  using A = OpMath<T>;
+  DEEPOPS_SHARED(A, near, View::kSlots);
+  const auto mine = sum_in<A, kStatisticsUnroll<View>>(
+      args.shape.exact, [&]<class S, int U>() { return sum_squares<S, U>(args, view, near); });
+  Sums sums = view.block_sums(mine);
+  if (sum_pieces(view, args.pieces, sums)) finish_statistics(args, view, near, sums);
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -234,11 +247,10 @@ struct Forward {
 };
 
 template <class T, int V, int U, class Numbers>
-DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+DEEPOPS_DEVICE void forward_values(const Forward<T>& args, const Chunk<V> (&chunks)[U], const Values<T, V> (&x)[U],
+                                   const Numbers& numbers) {
   using A = OpMath<T>;
-  Values<T, V> x[U], residual[U];
-#pragma unroll
-  for (int u = 0; u < U; ++u) x[u] = fetch(args.x, chunks[u]);
+  Values<T, V> residual[U];
   if (args.residual) {
 #pragma unroll
     for (int u = 0; u < U; ++u) residual[u] = fetch(args.residual, chunks[u]);
@@ -262,6 +274,14 @@ DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chun
   });
 #pragma unroll
   for (int u = 0; u < U; ++u) put(args.y, chunks[u], z[u]);
+}
+
+template <class T, int V, int U, class Numbers>
+DEEPOPS_DEVICE void forward_chunks(const Forward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+  Values<T, V> x[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) x[u] = fetch(args.x, chunks[u]);
+  forward_values(args, chunks, x, numbers);
 }
 
 template <class T, class View>
@@ -298,15 +318,18 @@ struct Reduce {
   Pieces pieces;
 };
 
-template <class S, int U, class T, class View>
-DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, const View& view) {
+template <class S, int U, class T, class View, class Keep = KeepNothing>
+DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, const View& view, const Keep& keep = {}) {
   using A = OpMath<T>;
   constexpr int V = View::V;
   typename View::ThreadSums sums;
   const auto numbers = view.template numbers<Affine<A>>([&](int channel) { return args.source.at(channel); });
   view.template for_piece<U>([&](const Chunk<V>(&chunks)[U]) {
+    GradientValues<T, V, U> values;
+    fetch(args.gradient, chunks, values);
+    keep(chunks, values);
     A g[U][V], centered[U][V];
-    gradient(args.gradient, chunks, numbers, g, centered);
+    gradient(args.gradient, chunks, values, numbers, g, centered);
     sums.template add<S, U>([&](int u, int i, S& a, S& b) {
       a += S(g[u][i]);
       b += S(g[u][i]) * S(centered[u][i]);
@@ -315,15 +338,10 @@ DEEPOPS_DEVICE typename View::ThreadSums sum_gradients(const Reduce<T>& args, co
   return sums;
 }
 
+// By the block that has the sums of all pieces.
 template <class T, class View>
-DEEPOPS_KERNEL(kThreads, 2)
-reduce(Reduce<T> args, View view) {
+DEEPOPS_DEVICE void finish_reduce(const Reduce<T>& args, const View& view, const Sums& sums) {
   using A = OpMath<T>;
-  const auto mine =
-      sum_in<A, kUnroll<T>>(args.exact, [&]<class S, int U>() { return sum_gradients<S, U>(args, view); });
-  Sums sums = view.block_sums(mine);
-  if (!sum_pieces(view, args.pieces, sums)) return;
-
   const int channel = view.channel(gpu::thread());
   if (gpu::thread() >= view.columns() || channel >= view.channels) return;
   const double invstd = double(gpu::load(args.source.invstd + channel));
@@ -338,6 +356,15 @@ reduce(Reduce<T> args, View view) {
   if (args.grad_bias) gpu::store(args.grad_bias + channel, A(sums.a));
 }
 
+template <class T, class View>
+DEEPOPS_KERNEL(kThreads, 2)
+reduce(Reduce<T> args, View view) {
+  const auto mine =
+      sum_in<OpMath<T>, kUnroll<T>>(args.exact, [&]<class S, int U>() { return sum_gradients<S, U>(args, view); });
+  Sums sums = view.block_sums(mine);
+  if (sum_pieces(view, args.pieces, sums)) finish_reduce(args, view, sums);
+}
+
 template <class T>
 struct Backward {
   Gradient<T> gradient;
@@ -347,9 +374,10 @@ struct Backward {
 };
 
 template <class T, int V, int U, class Numbers>
-DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+DEEPOPS_DEVICE void backward_values(const Backward<T>& args, const Chunk<V> (&chunks)[U],
+                                    const GradientValues<T, V, U>& values, const Numbers& numbers) {
   OpMath<T> g[U][V], centered[U][V];
-  gradient(args.gradient, chunks, [&](int i) { return numbers(i).affine; }, g, centered);
+  gradient(args.gradient, chunks, values, [&](int i) { return numbers(i).affine; }, g, centered);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (args.grad_residual) put(args.grad_residual, chunks[u], g[u]);
@@ -362,6 +390,13 @@ DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&ch
     }
     put(args.grad_x, chunks[u], g[u]);
   }
+}
+
+template <class T, int V, int U, class Numbers>
+DEEPOPS_DEVICE void backward_chunks(const Backward<T>& args, const Chunk<V> (&chunks)[U], const Numbers& numbers) {
+  GradientValues<T, V, U> values;
+  fetch(args.gradient, chunks, values);
+  backward_values(args, chunks, values, numbers);
 }
 
 template <class T, class View>

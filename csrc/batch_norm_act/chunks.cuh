@@ -126,9 +126,14 @@ struct AffineSource {
   const A *mean, *invstd;
   const A *weight, *bias;  // or null
   DEEPOPS_DEVICE Affine<A> at(int channel) const {
-    const A scale = gpu::load(invstd + channel);
-    return {gpu::load(mean + channel), weight ? gpu::load(weight + channel) * scale : scale,
-            bias ? gpu::load(bias + channel) : A(0)};
+    return of(channel, gpu::load(mean + channel), gpu::load(invstd + channel));
+  }
+  // Where the statistics were found in the same launch.
+  DEEPOPS_DEVICE Affine<A> fresh(int channel) const {
+    return of(channel, gpu::load_fresh(mean + channel), gpu::load_fresh(invstd + channel));
+  }
+  DEEPOPS_DEVICE Affine<A> of(int channel, A center, A scale) const {
+    return {center, weight ? gpu::load(weight + channel) * scale : scale, bias ? gpu::load(bias + channel) : A(0)};
   }
 };
 
@@ -184,22 +189,31 @@ struct Gradient {  // g = grad_y * act'(z)
   double negative_slope;
 };
 
-// g, and x - mean, of U chunks. numbers(i): the Affine of element i. x may be null where x - mean is not wanted.
-template <class T, int V, int U, class Numbers>
-DEEPOPS_DEVICE void gradient(const Gradient<T>& args, const Chunk<V> (&chunk)[U], const Numbers& numbers,
-                             OpMath<T> (&g)[U][V], OpMath<T> (&centered)[U][V]) {
-  using A = OpMath<T>;
-  Values<T, V> grad_y[U], x[U], kept[U];
+template <class T, int V, int U>
+struct GradientValues {
+  Values<T, V> from_grad_y[U], from_x[U], from_kept[U];
+};
+
+template <class T, int V, int U>
+DEEPOPS_DEVICE void fetch(const Gradient<T>& args, const Chunk<V> (&chunk)[U], GradientValues<T, V, U>& values) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) grad_y[u] = fetch(args.grad_y, chunk[u]);
+  for (int u = 0; u < U; ++u) values.from_grad_y[u] = fetch(args.grad_y, chunk[u]);
   if (args.x) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) x[u] = fetch(args.x, chunk[u]);
+    for (int u = 0; u < U; ++u) values.from_x[u] = fetch(args.x, chunk[u]);
   }
   if (args.kept) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) kept[u] = fetch(args.kept, chunk[u]);
+    for (int u = 0; u < U; ++u) values.from_kept[u] = fetch(args.kept, chunk[u]);
   }
+}
+
+// g, and x - mean, of U chunks. numbers(i): the Affine of element i. x may be null where x - mean is not wanted.
+template <class T, int V, int U, class Numbers>
+DEEPOPS_DEVICE void gradient(const Gradient<T>& args, const Chunk<V> (&chunk)[U], const GradientValues<T, V, U>& values,
+                             const Numbers& numbers, OpMath<T> (&g)[U][V], OpMath<T> (&centered)[U][V]) {
+  using A = OpMath<T>;
+  const auto& [grad_y, x, kept] = values;
   A z[U][V];
 #pragma unroll
   for (int u = 0; u < U; ++u) {

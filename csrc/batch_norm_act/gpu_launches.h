@@ -179,9 +179,9 @@ inline Tensor doubles(int64_t count, const Tensor& like) { return core::empty_ve
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// args: with its results. The shape, the data and the sums' workspace are filled in here.
+// args: with its results. The shape and the data are filled in here.
 template <class T>
-void launch_statistics(BatchNormActShape p, const Tensor& x, Statistics<T> args, gpu::Stream stream) {
+void set_data(BatchNormActShape p, const Tensor& x, Statistics<T>& args) {
   // A block of the rows view has few rows: fewer samples keep what it loads for them below 2 % of its data.
   if (p.channels_adjacent && !p.exact) place_samples(p, 2);
   args.x = input<T>(x);
@@ -190,6 +190,12 @@ void launch_statistics(BatchNormActShape p, const Tensor& x, Statistics<T> args,
   args.per_count = 1 / args.count;
   args.unbiased = args.count / (args.count - 1);
   args.per_sample = 1 / double(p.samples);
+}
+
+// The sums' workspace is filled in here too.
+template <class T>
+void launch_statistics(const BatchNormActShape& p, const Tensor& x, Statistics<T> args, gpu::Stream stream) {
+  set_data(p, x, args);
   with_view<T>(p, Alignment(args.x), Pass::reduction, [&]<class View>(const View& view) {
     const Tensor memory = doubles(workspace(view), x);
     args.pieces = pieces_of(view, static_cast<double*>(memory.mutable_data_ptr()), stream);
@@ -199,11 +205,13 @@ void launch_statistics(BatchNormActShape p, const Tensor& x, Statistics<T> args,
 }
 
 template <class T>
-void launch_forward(const BatchNormActShape& p, const Tensor& x, const OptionalTensor& residual,
-                    const AffineSource<OpMath<T>>& source, const Tensor& y, int64_t* num_batches_tracked,
-                    gpu::Stream stream) {
-  const Forward<T> args{input<T>(x),  input<T>(residual), output<T>(y),       source,
-                        p.activation, p.negative_slope,   num_batches_tracked};
+Forward<T> forward_of(const BatchNormActShape& p, const Tensor& x, const OptionalTensor& residual,
+                      const AffineSource<OpMath<T>>& source, const Tensor& y, int64_t* num_batches_tracked) {
+  return {input<T>(x), input<T>(residual), output<T>(y), source, p.activation, p.negative_slope, num_batches_tracked};
+}
+
+template <class T>
+void launch_forward(const BatchNormActShape& p, const Forward<T>& args, gpu::Stream stream) {
   const Alignment alignment(args.x, args.residual, args.y);
   with_view<T>(p, alignment, Pass::elementwise, [&]<class View>(const View& view) {
     gpu::launch("batch_norm_act_forward", forward<T, View>, blocks(view, Pass::elementwise), kThreads, stream, args,

@@ -27,6 +27,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include <map>
+#include <tuple>
 #endif
 
 namespace deepops::gpu {
@@ -80,6 +83,11 @@ DEEPOPS_DEVICE unsigned atomic_add(unsigned* counter, unsigned value, Here = DEE
   return atomicAdd(counter, value);
 }
 
+// Waits until *counter, which others increase by atomic_add(), is at least `value`. Their blocks must be sure to run.
+DEEPOPS_DEVICE void await(const unsigned* counter, unsigned value, Here = DEEPOPS_HERE) {
+  while (*static_cast<const volatile unsigned*>(counter) < value) __nanosleep(32);
+}
+
 // All 32 lanes of the warp must call. T: 4 or 8 bytes.
 template <class T>
 DEEPOPS_DEVICE T shuffle_xor(T value, int lane_mask, Here = DEEPOPS_HERE) {
@@ -102,6 +110,12 @@ struct Shared {
 #define DEEPOPS_SHARED(T, name, n)                \
   __shared__ __align__(16) T name##_in_shared[n]; \
   const ::deepops::gpu::Shared<T> name { name##_in_shared }
+// The bytes that launch_on_chip() was given, as an array of T.
+template <class T>
+DEEPOPS_DEVICE Shared<T> dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  return {reinterpret_cast<T*>(dynamic_bytes)};
+}
 
 DEEPOPS_DEVICE float to_float(core::Half value) { return __half2float(__ushort_as_half(value.bits)); }
 DEEPOPS_DEVICE core::Half to_half(float value) { return {__half_as_ushort(__float2half_rn(value))}; }
@@ -137,6 +151,64 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, name, ": ", blocks, " blocks");
   kernel<<<unsigned(blocks), unsigned(threads), 0, stream>>>(arguments...);
   check(cudaGetLastError(), name);
+}
+
+// What launch_on_chip() may ask of the current device with `each` blocks on every multiprocessor: so many blocks run at
+// the same time, each with so many bytes of dynamic shared memory. 0 and 0 where that cannot be.
+struct Residency {
+  int64_t blocks = 0, bytes = 0;
+};
+template <class... P>
+Residency residency(void (*kernel)(P...), int threads, int each) {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  thread_local std::map<std::tuple<const void*, int, int>, Residency> known;
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, each});
+  if (!is_new) return at->second;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+    return value;
+  };
+  if (!attribute(cudaDevAttrCooperativeLaunch)) return {};
+  cudaFuncAttributes own;
+  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
+  const int share = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / each -
+                    attribute(cudaDevAttrReservedSharedMemoryPerBlock) - int(own.sharedSizeBytes);
+  const int bytes = (most < share ? most : share) / 1024 * 1024;
+  if (bytes <= 0) return {};
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
+  int fit = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, size_t(bytes)), "occupancy");
+  if (fit < each) return {};
+  return at->second = {int64_t(each) * attribute(cudaDevAttrMultiProcessorCount), bytes};
+}
+
+// launch() with dynamic shared memory. together: all blocks run at the same time and may wait for each other; false,
+// with nothing done, if the device does not have room for them now (a process may have a part of it).
+template <class... P, class... A>
+bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes, bool together,
+                    Stream stream, A... arguments) {
+  STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, name, ": ", blocks, " blocks");
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = unsigned(blocks);
+  config.blockDim = unsigned(threads);
+  config.dynamicSmemBytes = size_t(bytes);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = together ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  if (together && error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // forgets it
+    return false;
+  }
+  check(error, name);
+  return true;
 }
 
 // In the order of the stream.
@@ -221,6 +293,9 @@ DEEPOPS_DEVICE void fence() { ::simt::fence(); }
 DEEPOPS_DEVICE unsigned atomic_add(unsigned* counter, unsigned value, Here here = DEEPOPS_HERE) {
   return ::simt::atomic_add(counter, value, here);
 }
+DEEPOPS_DEVICE void await(const unsigned* counter, unsigned value, Here here = DEEPOPS_HERE) {
+  ::simt::await(counter, value, here);
+}
 template <class T>
 DEEPOPS_DEVICE T shuffle_xor(T value, int lane_mask, Here here = DEEPOPS_HERE) {
   return ::simt::shuffle(::simt::WarpOp::shuffle_xor, value, lane_mask, here);
@@ -257,6 +332,11 @@ struct Shared {
         DEEPOPS_HERE)                    \
   }
 
+template <class T>
+DEEPOPS_DEVICE Shared<T> dynamic_shared() {
+  return {::simt::dynamic_array(sizeof(T))};
+}
+
 float to_float(core::Half value);  // below
 core::Half to_half(float value);
 
@@ -275,6 +355,18 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
   STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, name, ": ", blocks, " blocks");
   ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); });
+}
+
+using Residency = ::simt::Residency;
+template <class... P>
+Residency residency(void (*)(P...), int, int each) {
+  return ::simt::residency(each);
+}
+template <class... P, class... A>
+bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes, bool together,
+                    Stream, A... arguments) {
+  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, size_t(bytes), together);
+  return true;
 }
 
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
@@ -417,6 +509,21 @@ DEEPOPS_DEVICE bool last_block(unsigned* counter, unsigned count, Here here = DE
   const bool last = arrived.load(0) == count - 1;
   if (last) fence();
   return last;
+}
+
+// Between blocks that all run at the same time: one of them tells the others, once, that what it has stored is visible
+// to load_fresh(). *signal is 0 before. All threads of a block must call.
+DEEPOPS_DEVICE void give_signal(unsigned* signal, Here here = DEEPOPS_HERE) {
+  fence();
+  gpu::barrier(here);
+  if (thread() == 0) gpu::atomic_add(signal, 1u, here);
+}
+DEEPOPS_DEVICE void wait_for_signal(const unsigned* signal, Here here = DEEPOPS_HERE) {
+  if (thread() == 0) {
+    gpu::await(signal, 1, here);
+    fence();
+  }
+  gpu::barrier(here);
 }
 
 #ifdef DEEPOPS_SIMT

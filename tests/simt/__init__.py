@@ -89,6 +89,7 @@ def load() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.simt_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    library.simt_set_device.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.simt_counts.restype = ctypes.c_char_p
     _set_default_schedule(library)
     return library
@@ -107,6 +108,19 @@ def schedule(name: str, seed: int = 0) -> Iterator[None]:
         yield
     finally:
         _set_default_schedule(load())
+
+
+@contextmanager
+def device(multiprocessors: int, shared_bytes: int = 228 << 10) -> Iterator[None]:
+    """Pretend a device with so many multiprocessors, each with so much shared memory: kernels may stay on chip.
+
+    Outside there are none, so that nothing is launched cooperatively.
+    """
+    load().simt_set_device(multiprocessors, shared_bytes)
+    try:
+        yield
+    finally:
+        load().simt_set_device(0, 0)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,14 @@ enum class Bug : int {
   strided_accesses,
   bank_conflicts,
   partial_warp,
+  missing_signal,
+  too_few_signals,
+  not_together,
+  missing_second_meeting,
+  missing_meeting,
+  plain_load_after_signal,
+  signal_without_fence,
+  dynamic_out_of_bounds,
   count
 };
 
@@ -82,7 +90,15 @@ const char* const kNames[] = {"none",
                               "scalar_accesses",
                               "strided_accesses",
                               "bank_conflicts",
-                              "partial_warp"};
+                              "partial_warp",
+                              "missing_signal",
+                              "too_few_signals",
+                              "not_together",
+                              "missing_second_meeting",
+                              "missing_meeting",
+                              "plain_load_after_signal",
+                              "signal_without_fence",
+                              "dynamic_out_of_bounds"};
 static_assert(sizeof kNames / sizeof *kNames == size_t(Bug::count));
 
 constexpr int kThreads = 128;
@@ -228,6 +244,39 @@ DEEPOPS_KERNEL(kThreads) grid_sum(const float* x, float* out, unsigned* counter,
   gpu::store(out, total);
 }
 
+// All blocks wait for all, for the turn-th time, counted from 1.
+DEEPOPS_DEVICE void meet(unsigned* counter, int turn, Bug bug) {
+  if (bug != Bug::signal_without_fence) gpu::fence();
+  gpu::barrier();
+  if (gpu::thread() == 0) {
+    // Bug: a block that does not say that it is there.
+    if (bug != Bug::missing_signal || gpu::block() != 2) gpu::atomic_add(counter, 1);
+    gpu::await(counter, unsigned(gpu::blocks() * turn) + (bug == Bug::too_few_signals ? 1 : 0));
+    gpu::fence();
+  }
+  gpu::barrier();
+}
+
+// x := 2 (x shifted by one block), in place, by blocks that run side by side and keep their values on the chip; then
+// sums[b] = the sum of block b's first values so far, by block b, from what the others say.
+DEEPOPS_KERNEL(kThreads) shift_blocks(float* x, float* heads, float* sums, unsigned* counter, Bug bug) {
+  const auto kept = gpu::dynamic_shared<float>();
+  const int blocks = gpu::blocks(), next = (gpu::block() + 1) % blocks;
+  kept.store(gpu::thread() + (bug == Bug::dynamic_out_of_bounds ? 1 : 0),
+             gpu::load(x + gpu::block() * kThreads + gpu::thread()));
+  if (bug != Bug::missing_meeting) meet(counter, 1, bug);
+  const float value = 2 * kept.load(gpu::thread());
+  gpu::store(x + next * kThreads + gpu::thread(), value);
+  if (gpu::thread() == 0) gpu::store(heads + gpu::block(), value);
+  if (bug != Bug::missing_second_meeting) meet(counter, bug == Bug::missing_meeting ? 1 : 2, bug);
+  if (gpu::thread() != 0) return;
+  float sum = 0;
+  for (int b = 0; b < blocks; ++b) {
+    sum += bug == Bug::plain_load_after_signal ? gpu::load(heads + b) : gpu::load_fresh(heads + b);
+  }
+  gpu::store(sums + gpu::block(), sum);
+}
+
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
 int failures = 0;
@@ -285,6 +334,20 @@ void run(Bug bug) {
     float sum = 0;
     for (int b = 0; b < blocks; ++b) sum += out[1 + b];
     expect(out[0] == sum, "grid_sum");
+  }
+  {
+    const int blocks = 5;
+    const std::vector<float> given = values(size_t(blocks) * kThreads);
+    std::vector<float> x = given, heads(blocks, -1.0f), sums(blocks, -1.0f);
+    unsigned counter = 0;
+    gpu::launch_on_chip("shift_blocks", shift_blocks, blocks, kThreads, kThreads * int64_t(sizeof(float)),
+                        bug != Bug::not_together, 0, x.data(), heads.data(), sums.data(), &counter, bug);
+    bool right = true;
+    for (size_t i = 0; i < x.size(); ++i) right &= x[(i + kThreads) % x.size()] == 2 * given[i];
+    float sum = 0;
+    for (int b = 0; b < blocks; ++b) sum += 2 * given[size_t(b) * kThreads];
+    for (const float found : sums) right &= found == sum;
+    expect(right, "shift_blocks");
   }
 }
 

@@ -25,8 +25,10 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kSharedLimit = 48 << 10;  // what a block gets without asking for more
 constexpr int kArraysLimit = 32;
+constexpr size_t kPoolsKept = 8;
+constexpr int kThreadsAtRandom = 64;  // that run before the scheduler looks again which blocks can
 
-enum class Status { ready, at_barrier, at_warp_op, exited };
+enum class Status { ready, at_barrier, at_warp_op, at_signal, exited };
 enum class Schedule { in_order, reverse, random };
 
 void enter();
@@ -38,6 +40,7 @@ struct Thread {
   WarpOp op{};
   uint64_t value = 0, result = 0;
   int argument = 0;
+  const unsigned* signal = nullptr;     // that it waits for, with its count in `value`
   int barriers = 0, warp_barriers = 0;  // passed so far in this block
 };
 
@@ -55,6 +58,27 @@ struct Place {
   }
 };
 
+using Pool = std::vector<std::unique_ptr<Thread>>;
+
+// A block that runs. Those of a cooperative launch do so side by side.
+struct Block {
+  int number = 0;
+  Pool* pool = nullptr;
+  int alive = 0, at_barrier = 0;
+  std::vector<int> ready;
+  bool did_atomic = false;
+
+  // Shared memory: values, then for each byte whether it was written. Fibers allocate nothing: ThreadSanitizer takes a
+  // piece of memory that one frees and another gets for a race.
+  Array arrays[kArraysLimit];
+  int array_count = 0;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+
+  std::vector<Access> accesses;
+  std::vector<std::vector<uint32_t>> passes;  // [thread][place]
+};
+
 // Everything a launch has. One launch at a time, on whichever thread of the machine.
 struct State {
   std::mutex mutex;
@@ -65,30 +89,25 @@ struct State {
   std::string json;
 
   // Fibers are used again, for the same thread of every second block: so ThreadSanitizer sees it race with itself.
-  std::vector<std::unique_ptr<Thread>> pools[2];
-  std::unique_ptr<Thread>* pool = nullptr;  // of the running block
+  // A cooperative launch has a pool for each block.
+  std::vector<std::unique_ptr<Pool>> pools;
   Fiber* scheduler = nullptr;
   const std::function<void()>* body = nullptr;
   const char* kernel = "";
   std::string error;
 
-  int threads = 0, alive = 0, at_barrier = 0;  // of the running block
-  std::vector<int> ready;
-  bool did_atomic = false;
-
-  // Shared memory of the running block: values, then for each byte whether it was written. Fibers allocate nothing:
-  // ThreadSanitizer takes a piece of memory that one frees and another gets for a race.
-  Array arrays[kArraysLimit];
-  int array_count = 0;
-  unsigned char* shared = nullptr;
-  size_t shared_bytes = 0;
+  int threads = 0;           // of a block
+  size_t dynamic_bytes = 0;  // of shared memory, beside that of named arrays
+  bool cooperative = false;
+  std::vector<Block> blocks;  // the one that runs, or all of a cooperative launch
+  Block* block = nullptr;     // the running one
   std::vector<std::unique_ptr<unsigned char[]>> memory;
+  int multiprocessors = 0;  // of the pretended device
+  int64_t multiprocessor_bytes = 0;
 
   Counts* counts = nullptr;
-  std::vector<Access> accesses;
   std::map<Place, uint32_t> places;
-  std::unordered_map<uint64_t, int> stored;   // by address / 2, while counting: the block; not of packs
-  std::vector<std::vector<uint32_t>> passes;  // [thread][place]
+  std::unordered_map<uint64_t, int> stored;  // by address / 2, while counting: the block; not of packs
 } state;
 
 // Addresses that stand for orders between threads in ThreadSanitizer. Those of a block lie with its shared memory, so
@@ -113,7 +132,8 @@ void acquire([[maybe_unused]] char* address) {
 #endif
 }
 
-Thread& me() { return *state.pool[running.thread]; }
+Thread& of(const Block& block, int thread) { return *(*block.pool)[thread]; }
+Thread& me() { return of(*state.block, running.thread); }
 
 uint64_t next_random() {  // xorshift64
   state.random ^= state.random << 13;
@@ -133,18 +153,19 @@ std::string place_of(int thread, Here here) {
   return text;
 }
 
-// What all threads of the block are doing, in one line.
+// What all threads of the running block are doing, in one line.
 std::string overview() {
-  int count[4] = {};
-  for (int i = 0; i < state.threads; ++i) ++count[int(state.pool[i]->status)];
+  int count[5] = {};
+  for (int i = 0; i < state.threads; ++i) ++count[int(of(*state.block, i).status)];
   return " (of " + std::to_string(state.threads) + " threads " + std::to_string(count[int(Status::at_barrier)]) +
          " wait at a barrier, " + std::to_string(count[int(Status::at_warp_op)]) + " in a warp operation, " +
+         std::to_string(count[int(Status::at_signal)]) + " for a signal, " +
          std::to_string(count[int(Status::exited)]) + " have returned)";
 }
 
-void make_ready(int thread) {
-  state.pool[thread]->status = Status::ready;
-  state.ready.push_back(thread);
+void make_ready(Block& block, int thread) {
+  of(block, thread).status = Status::ready;
+  block.ready.push_back(thread);
 }
 
 void wait(Status status, Here here) {
@@ -159,23 +180,24 @@ bool same(Here a, Here b) { return a.line == b.line && strcmp(a.file, b.file) ==
 
 // Releases the barrier if all threads are there.
 void try_barrier() {
-  if (state.at_barrier == 0 || state.at_barrier != state.alive) return;
+  Block& block = *state.block;
+  if (block.at_barrier == 0 || block.at_barrier != block.alive) return;
   int first = -1;
   for (int i = 0; i < state.threads; ++i) {
-    const Thread& thread = *state.pool[i];
+    const Thread& thread = of(block, i);
     if (thread.status != Status::at_barrier) continue;
     if (first < 0) first = i;
-    if (!same(thread.here, state.pool[first]->here)) {
+    if (!same(thread.here, of(block, first).here)) {
       fail(thread.here, "threads of the block wait at different barriers; thread %d waits at line %d", first,
-           state.pool[first]->here.line);
+           of(block, first).here.line);
     }
   }
-  if (state.alive != state.threads) {
-    fail(state.pool[first]->here, "a barrier that some threads of the block never reach: they have returned%s",
+  if (block.alive != state.threads) {
+    fail(of(block, first).here, "a barrier that some threads of the block never reach: they have returned%s",
          overview().c_str());
   }
-  state.at_barrier = 0;
-  for (int i = 0; i < state.threads; ++i) make_ready(i);
+  block.at_barrier = 0;
+  for (int i = 0; i < state.threads; ++i) make_ready(block, i);
 }
 
 // The results of a warp operation that all lanes have reached. lanes: the first of 32.
@@ -183,11 +205,11 @@ void finish_warp_op(int lanes) {
   uint64_t value[kWarp];
   unsigned votes = 0;
   for (int i = 0; i < kWarp; ++i) {
-    value[i] = state.pool[lanes + i]->value;
+    value[i] = of(*state.block, lanes + i).value;
     if (value[i]) votes |= 1u << i;
   }
   for (int i = 0; i < kWarp; ++i) {
-    Thread& lane = *state.pool[lanes + i];
+    Thread& lane = of(*state.block, lanes + i);
     switch (lane.op) {
       case WarpOp::shuffle:
         lane.result = value[lane.argument & (kWarp - 1)];
@@ -201,7 +223,7 @@ void finish_warp_op(int lanes) {
       case WarpOp::barrier:
         break;
     }
-    make_ready(lanes + i);
+    make_ready(*state.block, lanes + i);
   }
 }
 
@@ -213,10 +235,10 @@ void enter() {
     (*state.body)();
     release(&order.done);
     wait(Status::exited, {});
-    --state.alive;
+    --state.block->alive;
     const int lanes = running.thread / kWarp * kWarp;
     for (int i = lanes; i < std::min(lanes + kWarp, state.threads); ++i) {
-      const Thread& lane = *state.pool[i];
+      const Thread& lane = of(*state.block, i);
       if (lane.status == Status::at_warp_op) {
         fail(lane.here, "lane %d waits in a warp operation for lane %d, which has returned", i % kWarp,
              running.thread % kWarp);
@@ -229,76 +251,142 @@ void enter() {
 
 [[noreturn]] void give_up() {
   const std::string error = state.error;
-  for (auto& pool : state.pools) pool.clear();  // fibers are in the middle of a kernel
+  state.pools.clear();  // fibers are in the middle of a kernel
+  state.blocks.clear();
+  state.memory.clear();
   throw std::runtime_error("SIMT: " + error);
 }
 
 // A waiting thread that nobody will ever wake.
 void report_deadlock() {
-  for (int i = 0; i < state.threads; ++i) {
-    const Thread& thread = *state.pool[i];
-    if (thread.status != Status::at_warp_op && thread.status != Status::at_barrier) continue;
-    const bool in_warp = thread.status == Status::at_warp_op;
-    state.error =
-        place_of(i, thread.here) + ": deadlock: it waits " +
-        (in_warp ? "in a warp operation that not all 32 lanes reach" : "at a barrier that not all threads reach") +
-        overview();
-    if (in_warp) return;  // says more than a barrier
+  const auto waits_for = [](Status status) {
+    switch (status) {
+      case Status::at_warp_op:
+        return "in a warp operation that not all 32 lanes reach";
+      case Status::at_signal:
+        return state.cooperative ? "for a signal that no block gives"
+                                 : "for a signal of a block that is not running: the launch is not cooperative";
+      default:
+        return "at a barrier that not all threads reach";
+    }
+  };
+  // A signal that does not come says more than the barrier that others wait at meanwhile, a warp operation more still.
+  for (const Status status : {Status::at_barrier, Status::at_signal, Status::at_warp_op}) {
+    for (Block& block : state.blocks) {
+      for (int i = 0; i < state.threads && block.alive > 0; ++i) {
+        const Thread& thread = of(block, i);
+        if (thread.status != status) continue;
+        state.block = &block;
+        running.block = block.number;
+        state.error = place_of(i, thread.here) + ": deadlock: it waits " + waits_for(status) + overview();
+        break;
+      }
+    }
   }
 }
 
 // Fresh for each block under ThreadSanitizer, to which memory used again by the next would be a race between them.
-void provide_shared_memory() {
+void provide_shared_memory(Block& block) {
+  const size_t limit = kSharedLimit + state.dynamic_bytes;
 #ifdef SIMT_TSAN
   const bool fresh = true;
 #else
-  const bool fresh = state.memory.empty();
+  const bool fresh = state.memory.empty() || state.cooperative;
 #endif
-  if (fresh) {
-    state.memory.push_back(std::make_unique<unsigned char[]>(2 * kSharedLimit + sizeof(BlockOrder) + 16));
-    state.shared = state.memory.back().get();
-    state.shared += (16 - reinterpret_cast<uintptr_t>(state.shared) % 16) % 16;
-  }
-  memset(state.shared, 0xff, kSharedLimit);  // not a number, for whoever gets past the check
-  memset(state.shared + kSharedLimit, 0, kSharedLimit);
-  state.array_count = 0;
-  state.shared_bytes = 0;
+  if (fresh) state.memory.push_back(std::make_unique<unsigned char[]>(2 * limit + sizeof(BlockOrder) + 16));
+  block.shared = state.memory.back().get();
+  block.shared += (16 - reinterpret_cast<uintptr_t>(block.shared) % 16) % 16;
+  memset(block.shared, 0xff, limit);  // not a number, for whoever gets past the check
+  memset(block.shared + limit, 0, limit);
+  block.array_count = 0;
+  block.shared_bytes = 0;
   release(&order.started);
 }
 
-BlockOrder& block_order() { return *reinterpret_cast<BlockOrder*>(state.shared + 2 * kSharedLimit); }
+BlockOrder& block_order() {
+  return *reinterpret_cast<BlockOrder*>(state.block->shared + 2 * (kSharedLimit + state.dynamic_bytes));
+}
 
-void run_block(int block) {
-  running.block = block;
-  state.pool = state.pools[block % 2].data();
-  state.alive = state.threads;
-  state.at_barrier = 0;
-  state.did_atomic = false;
-  provide_shared_memory();
-  state.ready.clear();
+void begin(Block& block, int number, Pool& pool) {
+  while (int(pool.size()) < state.threads) pool.push_back(std::make_unique<Thread>());
+  block.number = number;
+  block.pool = &pool;
+  block.alive = state.threads;
+  block.at_barrier = 0;
+  block.did_atomic = false;
+  provide_shared_memory(block);
+  block.ready.clear();
+  block.ready.reserve(state.threads);
   for (int i = 0; i < state.threads; ++i) {
-    make_ready(state.schedule == Schedule::reverse ? i : state.threads - 1 - i);
-    Thread& thread = *state.pool[i];
+    make_ready(block, state.schedule == Schedule::reverse ? i : state.threads - 1 - i);
+    Thread& thread = of(block, i);
     thread.barriers = thread.warp_barriers = 0;
   }
-  for (auto& passes : state.passes) passes.clear();
-  while (!state.ready.empty()) {
-    if (state.schedule == Schedule::random)
-      std::swap(state.ready[next_random() % state.ready.size()], state.ready.back());
-    running.thread = state.ready.back();
-    state.ready.pop_back();
-    state.scheduler->switch_to(me().fiber);
-    if (!state.error.empty()) give_up();
-  }
-  if (state.alive != 0) {
+  block.passes.resize(state.threads);
+  for (auto& passes : block.passes) passes.clear();
+}
+
+// Runs one of the threads that can until it waits.
+void step(Block& block) {
+  if (state.schedule == Schedule::random)
+    std::swap(block.ready[next_random() % block.ready.size()], block.ready.back());
+  state.block = &block;
+  running.block = block.number;
+  running.thread = block.ready.back();
+  block.ready.pop_back();
+  state.scheduler->switch_to(me().fiber);
+  if (!state.error.empty()) give_up();
+}
+
+void finish(Block& block) {
+  if (block.alive != 0) {
     report_deadlock();
     give_up();
   }
-  if (state.counts) {
-    state.counts->add(state.accesses);
-    state.accesses.clear();
-    state.counts->shared_bytes = std::max(state.counts->shared_bytes, int64_t(state.shared_bytes));
+  if (!state.counts) return;
+  state.counts->add(block.accesses);
+  block.accesses.clear();
+  const int64_t bytes = int64_t(block.shared_bytes + state.dynamic_bytes);
+  state.counts->shared_bytes = std::max(state.counts->shared_bytes, bytes);
+}
+
+Pool& pool(size_t number) {
+  while (state.pools.size() <= number) state.pools.push_back(std::make_unique<Pool>());
+  return *state.pools[number];
+}
+
+void run_one_by_one(const std::vector<int>& numbers) {
+  state.blocks.resize(1);
+  Block& block = state.blocks[0];
+  for (const int number : numbers) {
+    begin(block, number, pool(size_t(number % 2)));
+    while (!block.ready.empty()) step(block);
+    finish(block);
   }
+}
+
+// At random a block is left at any time, else when all of its threads wait.
+void run_side_by_side(const std::vector<int>& numbers) {
+  state.blocks.resize(numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) begin(state.blocks[i], numbers[i], pool(i));
+  std::vector<Block*> able;
+  for (;;) {
+    able.clear();
+    for (Block& block : state.blocks) {
+      if (!block.ready.empty()) able.push_back(&block);
+    }
+    if (able.empty()) break;
+    if (state.schedule != Schedule::random) {
+      while (!able[0]->ready.empty()) step(*able[0]);
+      continue;
+    }
+    for (int turn = 0; turn < kThreadsAtRandom; ++turn) {
+      Block& block = *able[next_random() % able.size()];
+      if (!block.ready.empty()) step(block);
+    }
+  }
+  for (Block& block : state.blocks) finish(block);
+  if (state.pools.size() > kPoolsKept) state.pools.resize(kPoolsKept);
 }
 
 std::vector<int> sequence(int64_t blocks) {
@@ -313,11 +401,11 @@ std::vector<int> sequence(int64_t blocks) {
 void record(const void* p, size_t bytes, bool store, bool shared, Here here) {
   const Place place{here.file, here.line, store * 2 + shared, bytes};
   const auto found = state.places.try_emplace(place, uint32_t(state.places.size())).first;
-  auto& passes = state.passes[running.thread];
+  auto& passes = state.block->passes[running.thread];
   if (passes.size() <= found->second) passes.resize(found->second + 1);
-  state.accesses.push_back({uint32_t(running.thread / kWarp), found->second, passes[found->second]++,
-                            uint32_t(running.thread % kWarp), uint32_t(bytes), reinterpret_cast<uint64_t>(p), store,
-                            shared});
+  state.block->accesses.push_back({uint32_t(running.thread / kWarp), found->second, passes[found->second]++,
+                                   uint32_t(running.thread % kWarp), uint32_t(bytes), reinterpret_cast<uint64_t>(p),
+                                   store, shared});
 }
 
 }  // namespace
@@ -337,7 +425,7 @@ void barrier(Here here) {
   char* turn = &block_order().barrier[me().barriers++ % 2];
   release(turn);
   wait(Status::at_barrier, here);
-  ++state.at_barrier;
+  ++state.block->at_barrier;
   if (state.counts) ++state.counts->barriers;
   try_barrier();
   pause();
@@ -356,7 +444,7 @@ uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here) {
   }
   int arrived = 0;
   for (int i = lanes; i < lanes + kWarp; ++i) {
-    const Thread& lane = *state.pool[i];
+    const Thread& lane = of(*state.block, i);
     if (lane.status == Status::exited) {
       fail(here, "a warp operation for all lanes, but lane %d has returned", i % kWarp);
     }
@@ -378,7 +466,7 @@ uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here) {
 // Between blocks, what a thread wrote before its fence is visible from the next atomic operation of its block on, to
 // threads that fence after an atomic operation of theirs.
 void fence() {
-  if (state.did_atomic) acquire(&order.published);
+  if (state.block->did_atomic) acquire(&order.published);
   release(&block_order().fence);
 }
 
@@ -397,8 +485,28 @@ void publish() {
 unsigned atomic_add(unsigned* counter, unsigned value, Here here) {
   global_access(counter, sizeof(unsigned), Global::store, here);
   publish();
-  state.did_atomic = true;
-  return __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+  state.block->did_atomic = true;
+  const unsigned before = __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+  for (Block& block : state.blocks) {
+    for (int i = 0; i < state.threads && block.alive > 0; ++i) {
+      const Thread& thread = of(block, i);
+      if (thread.status == Status::at_signal && thread.signal == counter && before + value >= thread.value) {
+        make_ready(block, i);
+      }
+    }
+  }
+  return before;
+}
+
+void await(const unsigned* counter, unsigned value, Here here) {
+  global_access(counter, sizeof(unsigned), Global::load_fresh, here);
+  if (__atomic_load_n(counter, __ATOMIC_RELAXED) < value) {
+    wait(Status::at_signal, here);
+    me().signal = counter;
+    me().value = value;
+    pause();
+  }
+  state.block->did_atomic = true;  // of which its next fence makes use
 }
 
 // A plain load may get what a multiprocessor's own cache had before another block stored there.
@@ -417,17 +525,24 @@ void record_global(const void* p, size_t bytes, Global kind, Here here) {
 }
 
 SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here) {
-  for (int i = 0; i < state.array_count; ++i) {
-    if (state.arrays[i].key == key) return state.arrays[i].shared;
+  Block& block = *state.block;
+  for (int i = 0; i < block.array_count; ++i) {
+    if (block.arrays[i].key == key) return block.arrays[i].shared;
   }
-  const size_t at = state.shared_bytes;
-  state.shared_bytes += (element_bytes * size_t(count) + 15) / 16 * 16;
-  if (state.shared_bytes > kSharedLimit || state.array_count == kArraysLimit) {
-    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, state.shared_bytes, kSharedLimit);
+  const size_t at = block.shared_bytes;
+  block.shared_bytes += (element_bytes * size_t(count) + 15) / 16 * 16;
+  if (block.shared_bytes > kSharedLimit || block.array_count == kArraysLimit) {
+    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, block.shared_bytes, kSharedLimit);
   }
-  const SharedArray array{name, state.shared + at, state.shared + kSharedLimit + at, count};
-  state.arrays[state.array_count++] = {key, array};
+  const SharedArray array{name, block.shared + at, block.shared + kSharedLimit + state.dynamic_bytes + at, count};
+  block.arrays[block.array_count++] = {key, array};
   return array;
+}
+
+SharedArray dynamic_array(size_t element_bytes) {
+  unsigned char* const written = state.block->shared + kSharedLimit + state.dynamic_bytes;
+  return {"dynamic memory", state.block->shared + kSharedLimit, written + kSharedLimit,
+          int(state.dynamic_bytes / element_bytes)};
 }
 
 void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, Here here) {
@@ -444,7 +559,13 @@ void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, H
   return array.data + at;
 }
 
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body) {
+Residency residency(int per_multiprocessor) {
+  const int64_t own = state.multiprocessor_bytes / per_multiprocessor - int64_t(kSharedLimit);
+  return {int64_t(state.multiprocessors) * per_multiprocessor, own > 0 ? own / 16 * 16 : 0};
+}
+
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, size_t dynamic_bytes,
+            bool cooperative) {
   if (threads <= 0 || threads > 1024) {
     throw std::runtime_error(std::string("SIMT: ") + name + ": " + std::to_string(threads) +
                              " threads a block; 1 to 1024 are allowed");
@@ -456,10 +577,9 @@ void launch(const char* name, int64_t blocks, int threads, const std::function<v
   state.kernel = name;
   state.error.clear();
   state.threads = threads;
-  for (auto& pool : state.pools) {
-    while (int(pool.size()) < threads) pool.push_back(std::make_unique<Thread>());
-  }
-  state.passes.resize(threads);
+  state.dynamic_bytes = dynamic_bytes;
+  state.cooperative = cooperative;
+  state.memory.clear();
   Counts counts;
   counts.kind = "kernel";
   counts.name = name;
@@ -469,9 +589,9 @@ void launch(const char* name, int64_t blocks, int threads, const std::function<v
   running.counting = state.counting;
   state.stored.clear();
   running.blocks = int(blocks);
-  state.ready.reserve(threads);
-  for (const int block : sequence(blocks)) run_block(block);
+  cooperative ? run_side_by_side(sequence(blocks)) : run_one_by_one(sequence(blocks));
   acquire(&order.done);
+  state.blocks.clear();
   state.memory.clear();
   if (state.counting) state.recorded.push_back(counts);
 }
@@ -526,6 +646,12 @@ void simt_set_schedule(int kind, uint64_t seed) {
   const std::lock_guard lock(simt::state.mutex);
   simt::state.schedule = simt::Schedule(kind);
   simt::state.random = seed * 0x9e3779b97f4a7c15ull + 1;
+}
+
+void simt_set_device(int multiprocessors, int64_t shared_bytes) {
+  const std::lock_guard lock(simt::state.mutex);
+  simt::state.multiprocessors = multiprocessors;
+  simt::state.multiprocessor_bytes = shared_bytes;
 }
 
 void simt_set_counting(int counting) {

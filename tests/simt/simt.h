@@ -1,17 +1,17 @@
 // The SIMT executor: runs GPU kernels on the CPU, one fiber per CUDA thread, all on one thread of the machine.
 //
 // csrc/core/gpu.cuh calls what is declared here when it is compiled with DEEPOPS_SIMT; kernels never do. Blocks run one
-// after another, the threads of a block until they wait for each other. What no real GPU reports is an error with
-// block, thread and line: a barrier that not all threads reach, lanes of a warp at different places, a deadlock, a
-// misaligned access, shared memory out of bounds or never written. On request every access is recorded and counted as
-// the hardware would serve it, warp by warp.
+// after another, those of a cooperative launch side by side; threads run until they wait for each other. What no real
+// GPU reports is an error with block, thread and line: a barrier that not all threads reach, lanes of a warp at
+// different places, a deadlock, a misaligned access, shared memory out of bounds or never written. On request every
+// access is recorded and counted as the hardware would serve it, warp by warp.
 //
 // Three builds (tests/simt/CMakeLists.txt) divide the work. The fast one runs schedules: in order, in reverse, random.
 // Under AddressSanitizer and UBSan global memory is checked. Under ThreadSanitizer each fiber is a thread to the
 // sanitizer, ordered with others by barriers and fences alone, so that a race is found in any schedule.
 //
 // A place is left for what comes with the first kernel that needs it: WarpOp takes ldmatrix and mma, State the copies
-// in flight of cp.async, launch() a grid barrier (blocks then have to run side by side).
+// in flight of cp.async.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -54,6 +54,9 @@ void fence();
 uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here);
 unsigned atomic_add(unsigned* counter, unsigned value, Here here);
 
+// Waits until *counter, which atomic_add() increases, is at least `value`.
+void await(const unsigned* counter, unsigned value, Here here);
+
 inline void warp_barrier(Here here) { warp_op(WarpOp::barrier, 0, 0, here); }
 inline unsigned ballot(bool condition, Here here) { return unsigned(warp_op(WarpOp::ballot, condition, 0, here)); }
 template <class T>
@@ -88,13 +91,23 @@ struct SharedArray {
 };
 
 SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here);
+// All that launch() was asked for beside the named arrays.
+SharedArray dynamic_array(size_t element_bytes);
 // Checks an access and returns its address.
 void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, Here here);
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
 // Runs body() once for each thread. Throws std::runtime_error if the kernel was stopped by fail().
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body);
+// dynamic_bytes: of shared memory for dynamic_array(). cooperative: blocks may wait for each other.
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, size_t dynamic_bytes = 0,
+            bool cooperative = false);
+// Of the pretended device: how many blocks there may be in a cooperative launch with so many on each multiprocessor,
+// and how much dynamic shared memory each can have.
+struct Residency {
+  int64_t blocks, bytes;
+};
+Residency residency(int per_multiprocessor);
 void zero(void* data, size_t bytes);
 void copy_in(void* device, const void* host, size_t bytes);
 
@@ -108,6 +121,8 @@ extern "C" {
 #define SIMT_EXPORT __attribute__((visibility("default")))
 // 0: in order, 1: in reverse, 2: random by seed. Holds for launches to come.
 SIMT_EXPORT void simt_set_schedule(int kind, uint64_t seed);
+// The device that residency() speaks of: multiprocessors, and bytes of shared memory on each. At first there are none.
+SIMT_EXPORT void simt_set_device(int multiprocessors, int64_t shared_bytes);
 // Starts (1) or ends (0) the recording of launches; starting forgets what was recorded before.
 SIMT_EXPORT void simt_set_counting(int counting);
 // What was recorded, as JSON: a list with one object per launch, memset or copy (counts.h). Valid until the next call.

@@ -25,6 +25,7 @@ import step_cases
 from step_cases import BF16, F16, F32, F64
 
 import deepops.functional  # loads the CPU ops
+import simt
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Whole packs; tails everywhere; planes smaller than a pack; several blocks to a channel.
@@ -58,6 +59,21 @@ def batch_in_parts() -> int:
                 sizes = (1, 0, shape[0] - 1)
                 compare(case, lambda case=case, sizes=sizes: bn_sync.join(case, bn_sync.results_of_parts(case, sizes)))
                 count += 1
+    return count
+
+
+def on_chip() -> int:
+    """The training passes in one launch each way, with one and with several blocks to a channel."""
+    count = 0
+    with simt.device(multiprocessors=3):
+        for shape in [(3, 5, 7, 7), (2, 2, 80, 81), (40, 9, 2, 2)]:
+            for layout in LAYOUTS:
+                for dtype in bn_cases.DTYPES if shape == (3, 5, 7, 7) else bn_cases.DTYPES[:1]:
+                    case = bn_cases.make_case(
+                        shape, dtype, layout, activation="silu", residual=count % 2 == 1, momentum=None
+                    )
+                    compare(case, lambda case=case: bn_cases.op_results(case, True))
+                    count += 1
     return count
 
 
@@ -148,7 +164,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act, batch_in_parts, depthwise_bn_act):
+    for cases in (adam, optimizers, clip, batch_norm_act, on_chip, batch_in_parts, depthwise_bn_act):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested

@@ -51,6 +51,14 @@ CAUGHT: dict[str, dict[str, int]] = {
     "not_the_last_block": {"reverse": WRONG, "random": WRONG, "thread": TSAN},
     "counter_not_zeroed": dict.fromkeys(EVERY, WRONG),
     "order_of_arrival": {"reverse": WRONG, "random": WRONG},
+    "missing_signal": dict.fromkeys(EVERY, STOPPED),
+    "too_few_signals": dict.fromkeys(EVERY, STOPPED),
+    "not_together": dict.fromkeys(EVERY, STOPPED),
+    "missing_meeting": {**dict.fromkeys(EVERY, WRONG), "thread": TSAN},
+    "missing_second_meeting": {**dict.fromkeys(EVERY, WRONG), "thread": TSAN},
+    "plain_load_after_signal": {"counts": STOPPED},
+    "signal_without_fence": {"thread": TSAN},
+    "dynamic_out_of_bounds": dict.fromkeys(EVERY, STOPPED),
 }
 COUNTED = ("scalar_accesses", "strided_accesses", "bank_conflicts")  # right values, caught by what they cost
 
@@ -66,6 +74,11 @@ SAYS = {
     "partial_warp": "a warp operation for 32 lanes in a warp of 16",
     "too_much_shared_memory": "65536 bytes of shared memory, more than 49152",
     "misaligned_pack": "misaligned load of 16 bytes",
+    "missing_signal": "deadlock: it waits for a signal that no block gives",
+    "too_few_signals": "deadlock: it waits for a signal that no block gives",
+    "not_together": "for a signal of a block that is not running: the launch is not cooperative",
+    "plain_load_after_signal": "in this launch: it needs load_fresh()",
+    "dynamic_out_of_bounds": "dynamic memory[128] in shared memory, which has 128 elements",
 }
 
 
@@ -108,7 +121,7 @@ def test_a_planted_bug_is_caught(bug: str, who: str) -> None:
 
 @pytest.mark.parametrize("bug", SAYS)
 def test_the_message_names_the_place_and_the_fault(bug: str) -> None:
-    done = run(bug, "counts" if bug == "stale_load" else "in_order")
+    done = run(bug, "counts" if "counts" in CAUGHT.get(bug, {}) else "in_order")
     assert SAYS[bug] in done.stdout
     assert done.stdout.startswith("SIMT: ")
     for part in (": block ", ", thread ", ", selftest.cu:"):
