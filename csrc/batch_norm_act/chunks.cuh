@@ -1,9 +1,9 @@
 // What the GPU kernels of batch_norm_act do with the data of one thread at a time: loads, stores, the formulas.
 // The ways through a tensor that hand out the chunks are in planar.cuh and rows.cuh.
 #pragma once
-#include "batch_norm_act/batch_norm_act.h"
 #include "core/gpu.cuh"
-// after gpu.cuh, which says for what the formulas are compiled
+// after gpu.cuh, which says for what all else is compiled
+#include "batch_norm_act/batch_norm_act.h"
 #include "batch_norm_act/batch_norm_act_math.h"
 
 namespace deepops::isa_gpu {

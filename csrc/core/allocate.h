@@ -5,15 +5,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <span>
 
 #include "core/stable.h"
 
 namespace deepops::core {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
 // Uninitialised, dense with the given strides, of the dtype and on the device of `like`.
-inline torch::stable::Tensor empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
-                                   const torch::stable::Tensor& like) {
+inline torch::stable::Tensor empty(Sizes sizes, Sizes strides, const torch::stable::Tensor& like) {
   int32_t dtype, device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
@@ -25,8 +25,7 @@ inline torch::stable::Tensor empty(std::span<const int64_t> sizes, std::span<con
 
 // The same with the sizes and strides of `like`, which is dense.
 inline torch::stable::Tensor empty_like(const torch::stable::Tensor& like) {
-  const size_t dims = size_t(like.dim());
-  return empty({like.sizes().data(), dims}, {like.strides().data(), dims}, like);
+  return empty(like.sizes(), like.strides(), like);
 }
 
 // Uninitialised, [size]. dtype and device_type: torch's own numbers.

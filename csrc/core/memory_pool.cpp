@@ -10,7 +10,6 @@
 #include <mutex>
 #include <vector>
 
-#include "core/allocate.h"
 #include "core/checks.h"
 #include "core/memory_stats.h"
 
@@ -117,8 +116,7 @@ MemoryPool& pool() {
 
 }  // namespace
 
-torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
-                                   const torch::stable::Tensor& like) {
+torch::stable::Tensor pooled_empty(Sizes sizes, Sizes strides, const torch::stable::Tensor& like) {
   size_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size_t(size);
   if (bytes < size_t(kPooledBytes)) return empty(sizes, strides, like);
@@ -137,8 +135,7 @@ torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<con
 }
 
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like) {
-  const size_t dims = size_t(like.dim());
-  return pooled_empty({like.sizes().data(), dims}, {like.strides().data(), dims}, like);
+  return pooled_empty(like.sizes(), like.strides(), like);
 }
 
 }  // namespace deepops::core

@@ -11,7 +11,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <span>
+
+#include "core/allocate.h"
 
 namespace deepops::core {
 
@@ -20,8 +21,7 @@ inline constexpr int64_t kPooledBytes = int64_t(1) << 20;
 
 // Uninitialised, dense with the given strides, of the dtype of `like`, which is on the CPU. Its storage cannot be
 // resized.
-torch::stable::Tensor pooled_empty(std::span<const int64_t> sizes, std::span<const int64_t> strides,
-                                   const torch::stable::Tensor& like);
+torch::stable::Tensor pooled_empty(Sizes sizes, Sizes strides, const torch::stable::Tensor& like);
 // With the sizes and strides of `like`, which is dense.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
 
