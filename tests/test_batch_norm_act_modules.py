@@ -130,7 +130,7 @@ def test_sync_batch_norm_conversion_is_refused(rank: int) -> None:
     """It replaces every batch normalization and would lose the activation without a word."""
     layer = LAYERS[rank](6)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), layer)
-    with pytest.raises(TypeError, match=r"would drop the activation of BatchNormAct.d: put the modules of its to_mod"):
+    with pytest.raises(TypeError, match=r"would drop the activation of BatchNormAct.d: give it a process_group"):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert model[1] is layer
     assert not hasattr(layer, "qconfig")
