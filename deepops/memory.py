@@ -2,7 +2,7 @@
 
 Kernels of deepops take results of 1 MiB and more from a pool. Fresh memory has to be mapped and cleared page by page,
 which takes several times as long as to normalize as much; memory of an earlier result does not. What the pool keeps is
-never more than was in use at one time, and where the system runs short of memory it takes those pages back by itself.
+never more than was in use at one time, and a system that runs short of memory takes back blocks of 4 MiB and more.
 
 The storage of such a result cannot be resized in place.
 

@@ -17,6 +17,8 @@ namespace deepops::core {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+// From this size on the system may take back what is kept. Of small pages, one by one, that takes 100 us for 1.6 MB.
+constexpr size_t kReclaimed = 2 * kHugePage;
 
 struct Block {
   void* data;
@@ -68,7 +70,7 @@ class MemoryPool {
 
   void give(void* data, size_t size) {
 #ifdef MADV_FREE
-    madvise(data, size, MADV_FREE);
+    if (size >= kReclaimed) madvise(data, size, MADV_FREE);
 #endif
     const std::lock_guard lock(mutex_);
     live_ -= size;

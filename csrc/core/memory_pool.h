@@ -5,8 +5,8 @@
 // Writing 51 MB took 31 ms in fresh memory, 6 ms where the pages were of 2 MB, 2 ms in memory used before; normalising
 // as much takes 4 ms. A training step asks for the same sizes over and over.
 //
-// What is kept is never more than was in use at one time, and the system may take its pages back whenever it is short
-// of memory (MADV_FREE).
+// What is kept is never more than was in use at one time, and the system may take back blocks of 4 MB and more whenever
+// it is short of memory (MADV_FREE).
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
