@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, OptionalTensor residual, 
                                              double negative_slope) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope);
   check_train(p, x, residual, weight, bias, running_mean, running_var, num_batches_tracked);
-  TwoVectors statistics(p, x);  // mean and invstd
+  StoredVectors statistics(p, x);  // mean and invstd
   const double factor = count_batch(num_batches_tracked, momentum);
   if (x.numel() == 0) {  // no statistics to take; as in torch nothing is learnt from an empty batch
     statistics.zero();
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
                                                         bool need_affine) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   check_backward(p, x, grad_y, kept, weight, bias, mean, invstd, "batch_norm_act_backward");
-  TwoVectors affine(p, x, need_affine);  // gradients of weight and bias
-  Tensor grad_x = like_x_or_empty(x, need_x), grad_residual = like_x_or_empty(x, need_residual);
+  StoredVectors affine(p, x, need_affine);  // gradients of weight and bias
+  Tensor grad_x = core::pooled_empty_like_if(need_x, x), grad_residual = core::pooled_empty_like_if(need_residual, x);
   if (x.numel() == 0) {
     affine.zero();
     return {grad_x, grad_residual, affine.first, affine.second};

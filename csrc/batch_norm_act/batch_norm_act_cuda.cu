@@ -13,21 +13,6 @@
 namespace deepops::isa_gpu {
 namespace {
 
-struct TwoVectors {  // in the type of statistics, or empty
-  TwoVectors(const BatchNormActShape& p, const Tensor& x, bool wanted = true)
-      : first(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)),
-        second(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)) {}
-  void zero() {
-    torch::stable::zero_(first);
-    torch::stable::zero_(second);
-  }
-  Tensor first, second;
-};
-
-Tensor like_x_or_empty(const Tensor& x, bool wanted) {
-  return wanted ? core::empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
-}
-
 // Of a result that may not be wanted: null then.
 template <class A>
 A* wanted_data(const Tensor& tensor) {
@@ -98,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Tensor grad_y, Tensor x, 
   const BatchNormActShape p = shape_on_gpu(x, activation, negative_slope);
   check_backward(p, x, grad_y, kept, weight, bias, mean, invstd, "batch_norm_act_backward");
   const gpu::Device device(x);
-  Tensor grad_x = like_x_or_empty(x, need_x), grad_residual = like_x_or_empty(x, need_residual);
+  Tensor grad_x = core::empty_like_if(need_x, x), grad_residual = core::empty_like_if(need_residual, x);
   TwoVectors affine(p, x, need_affine);  // gradients of weight and bias
   if (x.numel() == 0) {
     affine.zero();
@@ -201,7 +186,7 @@ std::tuple<Tensor, Tensor> input_grad_of(Tensor grad_y, Tensor x, OptionalTensor
   const BatchNormActShape p = shape_on_gpu(x, activation, negative_slope);
   check_input_grad(p, x, grad_y, kept, weight, bias, mean, invstd, sums, count);
   const gpu::Device device(x);
-  Tensor grad_x = core::empty_like(x), grad_residual = like_x_or_empty(x, need_residual);
+  Tensor grad_x = core::empty_like(x), grad_residual = core::empty_like_if(need_residual, x);
   if (x.numel() == 0) return {grad_x, grad_residual};
   DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() {
     using A = OpMath<T>;

@@ -8,6 +8,7 @@
 #include "batch_norm_act/batch_norm_act_kernels.cuh"
 #include "batch_norm_act/host.h"
 #include "core/allocate.h"
+#include "core/gpu_arguments.h"
 
 namespace deepops::isa_gpu {
 
@@ -19,8 +20,6 @@ inline constexpr int64_t kChunksPerPart = 1024, kChunksPerPiece = 1536;    // pl
 inline constexpr int64_t kRowsPerPart = 256, kRowsPerPiece = 544;          // rows, but fewer where blocks would be few
 inline constexpr int64_t kMostPartBlocks = 4096, kMostPieceBlocks = 1024;  // rows
 inline constexpr int64_t kFewBlocks = 92, kFewPlaneBlocks = 4 * kFewBlocks;
-
-inline int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to; }  // division, rounded up
 
 inline int log2_up(int64_t value) {
   int log = 0;
@@ -152,15 +151,6 @@ Pieces pieces_of(const View& view, double* memory, gpu::Stream stream) {
 }
 
 // ---- arguments ------------------------------------------------------------------------------------------------------
-
-template <class A>
-const A* input(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
-}
-template <class A>
-A* output(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<A*>(tensor->mutable_data_ptr()) : nullptr;
-}
 
 template <class A>
 AffineSource<A> source_of(const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,

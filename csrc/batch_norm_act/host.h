@@ -1,10 +1,13 @@
 // Host side of batch_norm_act on every device: what a call says, and whether its tensors fit together.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <iterator>
 #include <string>
 
 #include "batch_norm_act/batch_norm_act.h"
+#include "core/allocate.h"
 #include "core/checks.h"
 
 namespace deepops {
@@ -64,6 +67,18 @@ inline BatchNormActShape shape_of(const Tensor& x, const std::string& activation
   if (x.numel() > 0) place_samples(p, std::size(p.sample_offset));
   return p;
 }
+
+// Two results with a number per channel each, in the type of statistics; empty if not wanted.
+struct TwoVectors {
+  TwoVectors(const BatchNormActShape& p, const Tensor& x, bool wanted = true)
+      : first(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)),
+        second(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)) {}
+  void zero() {
+    torch::stable::zero_(first);
+    torch::stable::zero_(second);
+  }
+  Tensor first, second;
+};
 
 // ---- whether the tensors of a call fit together ---------------------------------------------------------------------
 

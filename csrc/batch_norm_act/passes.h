@@ -16,6 +16,7 @@
 
 #include "batch_norm_act/host.h"
 #include "batch_norm_act/per_channel.h"
+#include "batch_norm_act/running.h"
 #include "core/allocate.h"
 #include "core/checks.h"
 #include "core/memory_pool.h"
@@ -25,14 +26,12 @@ namespace deepops {
 
 inline constexpr int64_t kLanes = 16;
 inline constexpr int64_t kValuesPerThread = 8192;  // less work than this does not pay for waking a thread
-inline constexpr int64_t kTogetherAbove =
-    1 << 21;  // planar values that the cache will not hold from one pass to the next
+// Planar values that the cache will not hold from one pass to the next.
+inline constexpr int64_t kTogetherAbove = 1 << 21;
 inline constexpr int64_t kStreamAbove = 16 << 20;  // bytes of an elementwise pass that do not stay in the cache anyway
-inline constexpr int64_t kFreshAbove =
-    32 << 20;                             // bytes of a tensor that the C library takes from the kernel, page by page
-inline constexpr int64_t kRowTurn = 256;  // columns above which large data is taken row by row
-inline constexpr int64_t kValuesPerBlock =
-    65536;  // channels that go through both passes together, half a level-2 cache
+inline constexpr int64_t kFreshAbove = 32 << 20;   // bytes; measured when such tensors came in fresh pages: a loss
+inline constexpr int64_t kRowTurn = 256;           // columns above which large data is taken row by row
+inline constexpr int64_t kValuesPerBlock = 65536;  // of channels that take both passes together: half a level-2 cache
 // Additions in single precision before a sum goes to double. The terms of a gradient cancel: their errors show sooner.
 inline constexpr int kStatisticsFlush = 32, kGradientFlush = 16;
 inline constexpr int64_t kValuesPerPiece = 32768;  // one work item of a statistics pass
@@ -113,44 +112,9 @@ void run(const BatchNormActProblem& p, Sums* sums, bool want_each, const Prepare
   if (want_each) core::parallel_for(each_items, grain(values / each_items), each);
 }
 
-// ---- results
-// ---------------------------------------------------------------------------------------------------------
-
-// Two results with a number per channel each, or empty, in the type of statistics.
-class TwoVectors {
- public:
-  TwoVectors(const BatchNormActProblem& p, const Tensor& x, bool wanted = true)
-      : first(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)),
-        second(core::empty_vector(wanted ? p.channels : 0, core::opmath_scalar_type(p.dtype), x)),
-        wanted_(wanted),
-        first_data_(first.mutable_data_ptr()),
-        second_data_(second.mutable_data_ptr()) {}
-  void zero() {
-    torch::stable::zero_(first);
-    torch::stable::zero_(second);
-  }
-  // Stores channels [begin, end) and rounds the values to what was stored.
-  void set(const Values& firsts, const Values& seconds, int64_t begin, int64_t end) {
-    if (!wanted_) return;
-    write(first, first_data_, firsts, begin, end);
-    write(second, second_data_, seconds, begin, end);
-  }
-
-  Tensor first, second;
-
- private:
-  bool wanted_;
-  void *first_data_, *second_data_;
-};
-
-inline Tensor like_x_or_empty(const Tensor& x, bool wanted) {
-  return wanted ? core::pooled_empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
-}
-
 inline constexpr auto nothing = [](int64_t, int64_t) {};  // for run()
 
-// ---- statistics
-// -------------------------------------------------------------------------------------------------------
+// ---- statistics -----------------------------------------------------------------------------------------------------
 
 // Statistics of one channel in double, two passes, for values whose squares do not fit single precision.
 inline std::pair<double, double> careful_statistics(const BatchNormActProblem& p, const void* x, int64_t channel) {
@@ -217,47 +181,6 @@ class BatchMoments {
   const Values shifts_, sum_, squares_;
 };
 
-// Variances of channels [begin, end) become 1 / sqrt(variance + eps).
-inline void to_invstd(const Values& variances, double eps, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; ++c) variances[c] = 1 / std::sqrt(variances[c] + eps);
-}
-
-// How much of the running statistics a batch replaces; counts the batch. As torch: nothing for momentum=None without a
-// count.
-inline double count_batch(const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
-  if (!num_batches_tracked.has_value()) return momentum.value_or(0);
-  int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-  ++batches;
-  return momentum.has_value() ? *momentum : 1.0 / double(batches);
-}
-
-// The running statistics, either of which may be missing.
-class RunningStatistics {
- public:
-  RunningStatistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t channels, Scratch& scratch)
-      : mean_(mean),
-        var_(var),
-        mean_data_(mean.has_value() ? mean->mutable_data_ptr() : nullptr),
-        var_data_(var.has_value() ? var->mutable_data_ptr() : nullptr),
-        means_(read(mean, channels, 0, scratch)),
-        vars_(read(var, channels, 0, scratch)) {}
-
-  // Takes in channels [begin, end) of a batch. unbiased: n / (n - 1).
-  void learn(const Values& means, const Values& variances, double unbiased, double factor, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      means_[c] = (1 - factor) * means_[c] + factor * means[c];
-      vars_[c] = (1 - factor) * vars_[c] + factor * unbiased * variances[c];
-    }
-    if (mean_data_) write(*mean_, mean_data_, means_, begin, end);
-    if (var_data_) write(*var_, var_data_, vars_, begin, end);
-  }
-
- private:
-  const OptionalTensor &mean_, &var_;
-  void *mean_data_, *var_data_;
-  const Values means_, vars_;
-};
-
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // What the passes of a backward are given.
@@ -298,7 +221,8 @@ class GradientPass {
   }
 
   // Gradients of weight and bias from these sums, which are rounded to them.
-  void set_affine(TwoVectors& gradients, const Values& sum_g, const Values& sum_gx, int64_t begin, int64_t end) const {
+  void set_affine(StoredVectors& gradients, const Values& sum_g, const Values& sum_gx, int64_t begin,
+                  int64_t end) const {
     for (int64_t c = begin; c < end; ++c) sum_gx[c] *= invstds_[c];
     gradients.set(sum_gx, sum_g, begin, end);
   }

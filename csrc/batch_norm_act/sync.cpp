@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_cpu(Tensor x, Tensor gathered, Optional
                                              std::optional<double> momentum, double eps) {
   const BatchNormActProblem p = problem_of(x, "identity", 0);
   check_merge(p, x, gathered, running_mean, running_var, num_batches_tracked);
-  TwoVectors statistics(p, x);  // mean and invstd
+  StoredVectors statistics(p, x);  // mean and invstd
   Tensor count = doubles(1, x);
   const double factor = count_batch(num_batches_tracked, momentum);
   const int64_t parts = gathered.size(0), width = 2 * p.channels + 1;
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_cpu(Tensor grad_y, Tensor x, OptionalT
                                               double negative_slope, bool need_affine) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   check_backward(p, x, grad_y, kept, weight, bias, mean, invstd, "batch_norm_act_reduce");
-  TwoVectors affine(p, x, need_affine);  // gradients of weight and bias
+  StoredVectors affine(p, x, need_affine);  // gradients of weight and bias
   Tensor result = doubles(2 * p.channels, x);
   if (x.numel() == 0) {
     affine.zero();
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> input_grad_cpu(Tensor grad_y, Tensor x, OptionalTenso
                                           std::string activation, double negative_slope, bool need_residual) {
   const BatchNormActProblem p = problem_of(x, activation, negative_slope, kGradientFlush);
   check_input_grad(p, x, grad_y, kept, weight, bias, mean, invstd, sums, count);
-  Tensor grad_x = core::pooled_empty_like(x), grad_residual = like_x_or_empty(x, need_residual);
+  Tensor grad_x = core::pooled_empty_like(x), grad_residual = core::pooled_empty_like_if(need_residual, x);
   if (x.numel() == 0) return {grad_x, grad_residual};
   Scratch scratch;
   GradientPass pass(p, grad_y, x, kept, weight, bias, mean, invstd, scratch);

@@ -45,4 +45,9 @@ inline torch::stable::Tensor empty_vector(int64_t size, torch::headeronly::Scala
   return empty_vector(size, dtype, device, like.get_device_index());
 }
 
+// Like `like`, or of nothing.
+inline torch::stable::Tensor empty_like_if(bool wanted, const torch::stable::Tensor& like) {
+  return wanted ? core::empty_like(like) : empty_vector(0, like.scalar_type(), like);
+}
+
 }  // namespace deepops::core

@@ -140,6 +140,10 @@ torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like) {
   return pooled_empty(like.sizes(), like.strides(), like);
 }
 
+torch::stable::Tensor pooled_empty_like_if(bool wanted, const torch::stable::Tensor& like) {
+  return wanted ? pooled_empty_like(like) : empty_vector(0, like.scalar_type(), like);
+}
+
 }  // namespace deepops::core
 
 deepops_memory_stats_result deepops_memory_stats() { return deepops::core::pool().stats(); }

@@ -24,5 +24,7 @@ inline constexpr int64_t kPooledBytes = int64_t(1) << 20;
 torch::stable::Tensor pooled_empty(Sizes sizes, Sizes strides, const torch::stable::Tensor& like);
 // With the sizes and strides of `like`, which is dense.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
+// Like `like`, or of nothing.
+torch::stable::Tensor pooled_empty_like_if(bool wanted, const torch::stable::Tensor& like);
 
 }  // namespace deepops::core

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "batch_norm_act/per_channel.h"
+#include "batch_norm_act/running.h"
 #include "core/allocate.h"
 #include "core/memory_pool.h"
 #include "core/parallel.h"
@@ -180,14 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
                                              std::string activation, double negative_slope) {
   const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
   check_train(p, x, {}, weight, bias, running_mean, running_var, num_batches_tracked);
-  const ScalarType type = core::opmath_scalar_type(p.dtype);
-  Tensor mean = core::empty_vector(p.channels, type, x), invstd = core::empty_vector(p.channels, type, x);
-  double factor = momentum.value_or(0);  // as torch: no update for momentum=None without a count
-  if (num_batches_tracked.has_value()) {
-    int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-    ++batches;
-    if (!momentum.has_value()) factor = 1.0 / double(batches);
-  }
+  StoredVectors statistics(p, x);  // mean and invstd
+  const double factor = count_batch(num_batches_tracked, momentum);
 
   Scratch scratch;
   const Workers workers(p, false, scratch);
@@ -210,17 +205,10 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
       if (!std::isfinite(variances[c])) means[c] = exact_means[c], variances[c] = exact_variances[c];
   }
 
-  const auto update = [&](const OptionalTensor& running, const Values& values, double times) {
-    if (!running.has_value()) return;
-    const Values old = read(running, p.channels, 0, scratch);
-    for (int64_t c = 0; c < p.channels; ++c) old[c] = (1 - factor) * old[c] + factor * times * values[c];
-    write(*running, running->mutable_data_ptr(), old, 0, p.channels);
-  };
-  update(running_mean, means, 1);
-  update(running_var, variances, double(p.count()) / double(p.count() - 1));
-  for (double& value : variances) value = 1 / std::sqrt(value + eps);
-  write(mean, mean.mutable_data_ptr(), means, 0, p.channels);
-  write(invstd, invstd.mutable_data_ptr(), variances, 0, p.channels);
+  RunningStatistics running(running_mean, running_var, p.channels, scratch);
+  running.learn(means, variances, double(p.count()) / double(p.count() - 1), factor, 0, p.channels);
+  to_invstd(variances, eps, 0, p.channels);
+  statistics.set(means, variances, 0, p.channels);
 
   const Values scales = read(weight, p.channels, 1, scratch);
   for (int64_t c = 0; c < p.channels; ++c) scales[c] *= variances[c];
@@ -232,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   workers.run([&](const DepthwiseWorkspace& workspace, int64_t begin, int64_t end) {
     kernels().forward(p, args, workspace, begin, end);
   });
-  return {y, mean, invstd};
+  return {y, statistics.first, statistics.second};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x, Tensor conv_weight,
@@ -245,12 +233,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   check_output(p, grad_y, x);
   check_affine(p, x, weight, bias, "depthwise_bn_act_backward");
   check_statistics(p, x, mean, invstd, "depthwise_bn_act_backward");
-  const ScalarType type = core::opmath_scalar_type(p.dtype);
-  Tensor grad_x = need_x ? core::pooled_empty_like(x) : core::empty_vector(0, x.scalar_type(), x);
-  Tensor grad_conv_weight =
-      need_conv_weight ? core::empty_like(conv_weight) : core::empty_vector(0, x.scalar_type(), x);
-  Tensor grad_weight = core::empty_vector(need_affine ? p.channels : 0, type, x);
-  Tensor grad_bias = core::empty_vector(need_affine ? p.channels : 0, type, x);
+  Tensor grad_x = core::pooled_empty_like_if(need_x, x);
+  Tensor grad_conv_weight = core::empty_like_if(need_conv_weight, conv_weight);
+  StoredVectors affine(p, x, need_affine);  // gradients of weight and bias
 
   Scratch scratch;
   const Workers workers(p, need_x || need_conv_weight, scratch);
@@ -296,12 +281,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
                                : unpack(p, filter_sums.data(), conv_weight, static_cast<float*>(to));
     }
   }
-  if (need_affine) {
-    for (int64_t c = 0; c < p.channels; ++c) sum_gz[c] *= invstds[c];
-    write(grad_weight, grad_weight.mutable_data_ptr(), sum_gz, 0, p.channels);
-    write(grad_bias, grad_bias.mutable_data_ptr(), sum_g, 0, p.channels);
-  }
-  return {grad_x, grad_conv_weight, grad_weight, grad_bias};
+  for (int64_t c = 0; c < p.channels; ++c) sum_gz[c] *= invstds[c];
+  affine.set(sum_gz, sum_g, 0, p.channels);
+  return {grad_x, grad_conv_weight, affine.first, affine.second};
 }
 
 }  // namespace

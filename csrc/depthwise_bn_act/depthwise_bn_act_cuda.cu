@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "core/allocate.h"
+#include "core/gpu_arguments.h"
 #include "depthwise_bn_act/depthwise_bn_act_kernels.cuh"
 #include "depthwise_bn_act/host.h"
 
@@ -16,17 +17,6 @@ namespace deepops::isa_gpu {
 namespace {
 
 constexpr int64_t kPositionsPerPiece = 64, kMostBlocks = 2048;  // of a reduction
-
-int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to; }  // division, rounded up
-
-template <class A>
-const A* input(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
-}
-template <class A>
-A* output(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<A*>(tensor->mutable_data_ptr()) : nullptr;
-}
 
 DepthwiseShape shape_on_gpu(const Tensor& x, const Tensor& filter, const Integers& stride, const Integers& padding,
                             const Integers& dilation, const std::string& activation, double negative_slope) {
@@ -65,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> train(Tensor x, Tensor conv_weight, OptionalT
   check_train(p, x, {}, weight, bias, running_mean, running_var, num_batches_tracked);
   const gpu::Device device(x);
   const gpu::Stream stream = device.stream();
-  Tensor mean = core::empty_vector(p.channels, x.scalar_type(), x);
-  Tensor invstd = core::empty_vector(p.channels, x.scalar_type(), x);
+  const TwoVectors found(p, x);
+  const Tensor &mean = found.first, &invstd = found.second;
   const OutputLayout layout(p);
   Tensor y = core::empty(layout.sizes, layout.strides, x);
   Partition partition = partition_of(p);
@@ -124,15 +114,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Tensor grad_y, Tensor x, 
   check_affine(p, x, weight, bias, "depthwise_bn_act_backward");
   check_statistics(p, x, mean, invstd, "depthwise_bn_act_backward");
   const gpu::Device device(x);
-  const ScalarType type = x.scalar_type();
-  const auto like = [&](const Tensor& tensor, bool wanted) {
-    return wanted ? core::empty_like(tensor) : core::empty_vector(0, type, x);
-  };
-  Tensor grad_x = like(x, need_x), grad_conv_weight = like(conv_weight, need_conv_weight);
-  Tensor grad_weight = core::empty_vector(need_affine ? p.channels : 0, type, x);
-  Tensor grad_bias = core::empty_vector(need_affine ? p.channels : 0, type, x);
+  const Tensor grad_x = core::empty_like_if(need_x, x);
+  const Tensor grad_conv_weight = core::empty_like_if(need_conv_weight, conv_weight);
+  const TwoVectors affine(p, x, need_affine);
   Partition partition = partition_of(p);
-  const Tensor memory = give_memory(partition, x), means = core::empty_vector(2 * p.channels, type, x);
+  const Tensor memory = give_memory(partition, x), means = core::empty_vector(2 * p.channels, x.scalar_type(), x);
   with_type(p.dtype, [&]<class T>() {
     const Gradient<T> gradient{{p, input<T>(x), input<T>(conv_weight)},
                                {input<T>(mean), input<T>(invstd), input<T>(weight), input<T>(bias)},
@@ -142,13 +128,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Tensor grad_y, Tensor x, 
                 partition);
     gpu::launch("depthwise_finish_reduce", depthwise_finish_reduce<T>, up(p.channels, kThreads), kThreads,
                 device.stream(), partition, input<T>(invstd), mean_grad, slope_grad,
-                need_affine ? output<T>(grad_weight) : nullptr, need_affine ? output<T>(grad_bias) : nullptr);
+                need_affine ? output<T>(affine.first) : nullptr, need_affine ? output<T>(affine.second) : nullptr);
     if (!need_x && !need_conv_weight) return;
     launch_gradients<T>(gradient, need_x ? OptionalTensor(grad_x) : std::nullopt,
                         need_conv_weight ? OptionalTensor(grad_conv_weight) : std::nullopt, mean_grad, slope_grad,
                         partition, x, device.stream());
   });
-  return {grad_x, grad_conv_weight, grad_weight, grad_bias};
+  return {grad_x, grad_conv_weight, affine.first, affine.second};
 }
 
 }  // namespace
