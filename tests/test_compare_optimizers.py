@@ -159,18 +159,18 @@ def test_mixed_precision(precision: str, compared: tuple[dict[str, Any], Path], 
 
 def test_label_noise_makes_so_many_labels_wrong() -> None:
     data = load_data("synthetic", seed=0)
-    assert torch.equal(with_label_noise(data, 0.0, 0).train_labels, data.train_labels)
-    little, much = (with_label_noise(data, fraction, 0).train_labels for fraction in (0.2, 0.5))
-    wrong, more = little != data.train_labels, much != data.train_labels
+    assert torch.equal(with_label_noise(data, 0.0, 0).train_targets, data.train_targets)
+    little, much = (with_label_noise(data, fraction, 0).train_targets for fraction in (0.2, 0.5))
+    wrong, more = little != data.train_targets, much != data.train_targets
     assert (wrong.sum(), more.sum()) == (100, 250)
     assert torch.equal(little[wrong], much[wrong]), "what is wrong at 20 % is wrong in the same way at 50 %"
     assert set(much.tolist()) == set(range(10))
     noisy = with_label_noise(data, 0.2, 0)
-    assert torch.equal(noisy.train_labels, little)
-    assert torch.equal(noisy.test_labels, data.test_labels)
-    assert torch.equal(noisy.train_images, data.train_images)
-    assert not torch.equal(with_label_noise(data, 0.2, 1).train_labels, little)
-    assert bool((with_label_noise(data, 1.0, 0).train_labels != data.train_labels).all())
+    assert torch.equal(noisy.train_targets, little)
+    assert torch.equal(noisy.test_targets, data.test_targets)
+    assert torch.equal(noisy.train_inputs, data.train_inputs)
+    assert not torch.equal(with_label_noise(data, 0.2, 1).train_targets, little)
+    assert bool((with_label_noise(data, 1.0, 0).train_targets != data.train_targets).all())
 
 
 # ---- What the table says ---------------------------------------------------------------------------------------------

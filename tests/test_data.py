@@ -17,17 +17,17 @@ def test_digits_are_real_images_split_by_class_and_seed() -> None:
     from sklearn.datasets import load_digits
 
     data = load_data("digits", seed=3)
-    assert data.train_images.shape == (1437, 1, 28, 28)
-    assert data.test_images.shape == (360, 1, 28, 28)
-    assert data.train_images.dtype == torch.float32
-    assert data.train_images.min() == 0
-    assert data.train_images.max() == 1
+    assert data.train_inputs.shape == (1437, 1, 28, 28)
+    assert data.test_inputs.shape == (360, 1, 28, 28)
+    assert data.train_inputs.dtype == torch.float32
+    assert data.train_inputs.min() == 0
+    assert data.train_inputs.max() == 1
     everything = torch.from_numpy(load_digits().target).bincount()
-    assert (data.train_labels.bincount() + data.test_labels.bincount()).tolist() == everything.tolist()
-    assert (data.test_labels.bincount() - everything / 5).abs().max() <= 1, "not stratified"
+    assert (data.train_targets.bincount() + data.test_targets.bincount()).tolist() == everything.tolist()
+    assert (data.test_targets.bincount() - everything / 5).abs().max() <= 1, "not stratified"
     again, other = load_data("digits", seed=3), load_data("digits", seed=4)
-    assert torch.equal(data.train_images, again.train_images)
-    assert not torch.equal(data.train_labels, other.train_labels)
+    assert torch.equal(data.train_inputs, again.train_inputs)
+    assert not torch.equal(data.train_targets, other.train_targets)
 
 
 def test_no_digit_is_in_both_parts_and_images_keep_their_labels() -> None:
@@ -41,7 +41,9 @@ def test_no_digit_is_in_both_parts_and_images_keep_their_labels() -> None:
         labels_of.setdefault(image.numpy().tobytes(), []).append(int(label))
     data = load_data("digits", seed=0)
     for image, label in zip(
-        torch.cat([data.train_images, data.test_images]), torch.cat([data.train_labels, data.test_labels]), strict=True
+        torch.cat([data.train_inputs, data.test_inputs]),
+        torch.cat([data.train_targets, data.test_targets]),
+        strict=True,
     ):
         labels_of[image.numpy().tobytes()].remove(int(label))  # each image once, with its own label
     assert not any(labels_of.values())
@@ -49,12 +51,12 @@ def test_no_digit_is_in_both_parts_and_images_keep_their_labels() -> None:
 
 def test_synthetic_is_the_modules_random_data_and_says_so() -> None:
     data = load_data("synthetic", seed=0)
-    assert data.train_images.shape == (500, 1, 28, 28)
-    assert data.test_images.shape == (100, 1, 28, 28)
-    assert set(data.train_labels.tolist()) == set(range(10))
+    assert data.train_inputs.shape == (500, 1, 28, 28)
+    assert data.test_inputs.shape == (100, 1, 28, 28)
+    assert set(data.train_targets.tolist()) == set(range(10))
     assert "meaningless" in data.note
-    assert torch.equal(data.train_images, load_data("synthetic", seed=0).train_images)
-    assert not torch.equal(data.train_images, load_data("synthetic", seed=1).train_images)
+    assert torch.equal(data.train_inputs, load_data("synthetic", seed=0).train_inputs)
+    assert not torch.equal(data.train_inputs, load_data("synthetic", seed=1).train_inputs)
 
 
 @pytest.mark.parametrize("gz", [False, True])
@@ -64,17 +66,17 @@ def test_idx_files_hold_what_was_written(tmp_path: Path, gz: bool, prefix: str) 
     data = load_data(str(tmp_path / prefix) if prefix else str(tmp_path), seed=0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (12, 28, 28), generator=generator, dtype=torch.uint8)
-    assert torch.equal(data.train_images, images.unsqueeze(1).float() / 255)
-    assert data.train_labels.tolist() == [*range(10), 0, 1]
-    assert data.test_labels.tolist() == [0, 1, 2, 3, 4]
-    assert data.test_images.shape == (5, 1, 28, 28)
+    assert torch.equal(data.train_inputs, images.unsqueeze(1).float() / 255)
+    assert data.train_targets.tolist() == [*range(10), 0, 1]
+    assert data.test_targets.tolist() == [0, 1, 2, 3, 4]
+    assert data.test_inputs.shape == (5, 1, 28, 28)
     assert data.note == ""
 
 
 def test_images_of_another_size_are_resized(tmp_path: Path) -> None:
     write_idx(tmp_path, side=16)
     data = load_data(str(tmp_path), seed=0)
-    assert data.train_images.shape == (12, 1, 28, 28)
+    assert data.train_inputs.shape == (12, 1, 28, 28)
     assert "16x16" in data.note
 
 

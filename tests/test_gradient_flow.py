@@ -109,7 +109,7 @@ def test_norms_are_those_of_the_gradients(precision: str, optimizer: str, tiny: 
     for side in sides_of(precision, optimizer).values():
         while not side.facts or side.facts[-1].skipped:  # fp16 begins with a scale that is too large
             before = {name: param.detach().double() for name, param in side.model.named_parameters()}
-            side.step(data.train_images, data.train_labels)
+            side.step(data.train_inputs, data.train_targets)
         facts = side.facts[-1]
         assert (facts.scale > 1) == (precision == "fp16")
         for name, param in side.model.named_parameters():

@@ -60,7 +60,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 
 def test_report_says_what_was_run_and_what_came_out(synthetic: tuple[dict[str, Any], Path]) -> None:
     report, out = synthetic
-    assert report["format"] == 1
+    assert report["format"] == 2
     assert report["interrupted"] is False
     assert report["config"] == {
         "model": "cnn",
@@ -75,7 +75,7 @@ def test_report_says_what_was_run_and_what_came_out(synthetic: tuple[dict[str, A
     }
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["threads"] == torch.get_num_threads()
-    assert report["data"]["train_images"] == 500
+    assert report["data"]["train_samples"] == 500
     assert "meaningless" in report["data"]["note"]
     for side in ("stock", "deepops"):
         assert len(report["epochs"][side]) == 2
@@ -84,12 +84,12 @@ def test_report_says_what_was_run_and_what_came_out(synthetic: tuple[dict[str, A
         assert summary["final_loss"] == last["loss"]
         assert summary["final_accuracy"] == last["test_accuracy"]
         assert summary["step_ms"] == pytest.approx(sorted_median(report["steps"][side]["ms"][3:]), abs=1e-3)
-        assert summary["images_per_second"] == pytest.approx(32_000 / summary["step_ms"])
+        assert summary["samples_per_second"] == pytest.approx(32_000 / summary["step_ms"])
         assert summary["saved_bytes"] > 0
     stock, ours = report["summary"]["stock"], report["summary"]["deepops"]
     assert report["summary"]["ratio"] == {
         "step_ms": pytest.approx(stock["step_ms"] / ours["step_ms"]),
-        "images_per_second": pytest.approx(ours["images_per_second"] / stock["images_per_second"]),
+        "samples_per_second": pytest.approx(ours["samples_per_second"] / stock["samples_per_second"]),
         "saved_bytes": stock["saved_bytes"] / ours["saved_bytes"],
     }
     assert report["summary"]["difference"]["final_loss"] == ours["final_loss"] - stock["final_loss"]
@@ -110,7 +110,7 @@ def test_stock_side_is_the_modules_loop(synthetic: tuple[dict[str, Any], Path]) 
     model = PlainCNN()
     order = torch.Generator().manual_seed(5)
     loader = DataLoader(
-        TensorDataset(data.train_images, data.train_labels), batch_size=32, shuffle=True, generator=order
+        TensorDataset(data.train_inputs, data.train_targets), batch_size=32, shuffle=True, generator=order
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001, weight_decay=1e-4)
     criterion = nn.CrossEntropyLoss()
@@ -155,7 +155,7 @@ def test_model_file_loads_into_plain_modules(synthetic: tuple[dict[str, Any], Pa
     assert int(state["features.1.num_batches_tracked"]) == 2 * 16
     data = load_data("synthetic", seed=5)
     with torch.no_grad():
-        right = plain.eval()(data.test_images).argmax(1) == data.test_labels
+        right = plain.eval()(data.test_inputs).argmax(1) == data.test_targets
     assert right.double().mean().item() == report["summary"]["deepops"]["final_accuracy"]
 
 
@@ -163,7 +163,7 @@ def test_model_file_computes_what_was_trained(tiny: str, tmp_path: Path) -> None
     from deepops.cli.models import build_pair, stock_state_dict
 
     trained = build_pair("cnn", seed=1)["deepops"]
-    images = load_data(tiny, seed=0).train_images
+    images = load_data(tiny, seed=0).train_inputs
     for _ in range(3):
         trained(images + torch.randn_like(images))  # moves the running statistics
     plain, exact = PlainCNN(), PlainCNN().double()
@@ -198,7 +198,7 @@ def test_a_batch_larger_than_the_data(tiny: str, tmp_path: Path) -> None:
     report = run(tmp_path, "--data", tiny, "--epochs", "1", "--batch-size", "100")
     assert len(report["steps"]["deepops"]["loss"]) == 1
     step_ms = report["summary"]["deepops"]["step_ms"]
-    assert report["summary"]["deepops"]["images_per_second"] == pytest.approx(12_000 / step_ms)
+    assert report["summary"]["deepops"]["samples_per_second"] == pytest.approx(12_000 / step_ms)
 
 
 def test_a_loss_that_is_not_finite_leaves_valid_json(tiny: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -214,7 +214,7 @@ def test_default_folder_and_table(tiny: str, tmp_path: Path, monkeypatch: Any, c
     assert main(["train", "--data", tiny, "--epochs", "1"]) == 0
     assert (tmp_path / "runs" / "cnn-tiny" / "model.pt").exists()
     text = capsys.readouterr().out
-    for label in ("time per step", "images per second", "saved for backward", "final loss", "final test accuracy"):
+    for label in ("time per step", "samples per second", "saved for backward", "final loss", "final test accuracy"):
         assert label in text
     assert "ratio" in text
     assert "epoch 1/1" in text

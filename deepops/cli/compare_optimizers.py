@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepops.cli.data import ImageData, load_data, with_label_noise
+from deepops.cli.data import load_data, with_label_noise
 from deepops.cli.errors import require
 from deepops.cli.models import OPTIMIZERS, build_pair
 from deepops.cli.side import Epoch, Side, median_after_warm_up
 from deepops.cli.train import INTERRUPTED, Session, find_device, output_folder, stop_on_interrupt, train
+from deepops.cli.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Comparison:
 
     arguments: argparse.Namespace
     device: torch.device
-    data: ImageData  # of the first seed, without wrong labels
+    data: TrainingData  # of the first seed, without wrong labels
     rounds: int  # that were asked for
     runs: list[Run]
     interrupted: bool = False
@@ -137,7 +138,7 @@ def run_compare_optimizers(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if comparison.interrupted else 0
 
 
-def compare(arguments: argparse.Namespace, device: torch.device, data: ImageData) -> Comparison:
+def compare(arguments: argparse.Namespace, device: torch.device, data: TrainingData) -> Comparison:
     """All rounds; those that an interrupt cuts short are left out. ``data`` is that of the first seed."""
     from deepops.cli.progress import Rounds
 
@@ -170,7 +171,7 @@ def learning_rates(arguments: argparse.Namespace) -> dict[str, tuple[float, ...]
 def _prepare(
     arguments: argparse.Namespace,
     device: torch.device,
-    data: ImageData,
+    data: TrainingData,
     seed: int,
     rates: dict[str, tuple[float, ...]],
 ) -> tuple[Session, dict[str, UpdateTimer]]:
@@ -208,7 +209,7 @@ def _result(key: str, noise: float, seed: int, side: Side, timer: UpdateTimer) -
 def _heading(comparison: Comparison, rates: dict[str, tuple[float, ...]]) -> str:
     arguments, data = comparison.arguments, comparison.data
     return (
-        f"{arguments.model} on {data.name}: {len(data.train_images)} images to train, {len(data.test_images)} to test; "
+        f"{arguments.model} on {data.name}: {len(data.train_inputs)} images to train, {len(data.test_inputs)} to test; "
         f"{arguments.precision} on {comparison.device}; {comparison.rounds} rounds (label noise, seed) of "
         f"{sum(map(len, rates.values()))} trainings in turns, {arguments.epochs} epochs each"
     )

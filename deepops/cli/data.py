@@ -1,10 +1,10 @@
-"""What ``deepops train --data`` offers: real digits, random images, or files in MNIST's IDX format."""
+"""What ``deepops train --data`` offers: real digits, random images, files in MNIST's IDX format, or a text."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,33 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepops.cli.errors import UserError, first_line, require
+from deepops.cli.text import load_text
+from deepops.cli.training_data import TrainingData
 
 SIDE = 28  # images are SIDE x SIDE, as the module's CNN expects
 CLASSES = 10
 
 
-@dataclass(frozen=True)
-class ImageData:
-    """Images [N, 1, 28, 28], float32 in [0, 1] (synthetic: normal), and their labels [N], int64 in [0, 10)."""
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    note: str = ""  # what a reader of the results must know
-
-
-def load_data(source: str, seed: int) -> ImageData:
-    """Load ``digits``, ``synthetic`` or IDX files at a path.
+def load_data(source: str, seed: int, kind: str = "images") -> TrainingData:
+    """Load data of a ``kind``: "images" or "text".
 
     Args:
-        source: "digits", "synthetic", a folder with IDX files, or the common beginning of their paths.
+        source: for images "digits", "synthetic", a folder with IDX files, or the common beginning of their paths; for a
+            text "python", or the path of a file.
         seed: chooses the split (digits) or the images (synthetic).
+        kind: what the model takes.
 
     Raises:
-        UserError: nothing there, a damaged file, or files that do not belong together.
+        UserError: nothing there, a damaged file, files that do not belong together, data of another kind.
     """
+    if kind == "text":
+        if source in ("digits", "synthetic"):
+            raise UserError(f"--data {source}: the model takes a text: python, or the path of a file")
+        return load_text(source)
+    if source == "python":
+        raise UserError("--data python: the model takes images: digits, synthetic, or the path of IDX files")
     if source == "digits":
         return _digits(seed)
     if source == "synthetic":
@@ -47,17 +45,17 @@ def load_data(source: str, seed: int) -> ImageData:
     return _idx(source)
 
 
-def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
+def with_label_noise(data: TrainingData, fraction: float, seed: int) -> TrainingData:
     """``data`` with this part of the training labels wrong: another class at random, every other one equally likely.
 
     For one seed the labels that are wrong at a smaller fraction are wrong at a larger one too, in the same way.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = data.train_labels.clone()
+    labels = data.train_targets.clone()
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, CLASSES, labels.shape, generator=generator)
     labels[chosen] = (labels[chosen] + shift[chosen]) % CLASSES
-    return replace(data, train_labels=labels)
+    return replace(data, train_targets=labels)
 
 
 def _resized(images: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def _resized(images: Tensor) -> Tensor:
     return F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
 
 
-def _digits(seed: int) -> ImageData:
+def _digits(seed: int) -> TrainingData:
     """scikit-learn's 1,797 handwritten digits (8x8, grey values 0-16), a fifth of each class kept for the test."""
     require("sklearn")
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
@@ -80,16 +78,16 @@ def _digits(seed: int) -> ImageData:
     train, test = train_test_split(
         torch.arange(len(labels)).numpy(), test_size=0.2, random_state=seed, stratify=digits.target
     )
-    return ImageData("digits", images[train], labels[train], images[test], labels[test])
+    return TrainingData("digits", images[train], labels[train], images[test], labels[test])
 
 
-def _synthetic(seed: int) -> ImageData:
+def _synthetic(seed: int) -> TrainingData:
     """The course module's random data: 500 images of noise with random labels, and 100 more for the test."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(600, 1, SIDE, SIDE, generator=generator)
     labels = torch.randint(0, CLASSES, (600,), generator=generator)
     note = "random images with random labels: the accuracy is meaningless (chance is 10 %)"
-    return ImageData("synthetic", images[:500], labels[:500], images[500:], labels[500:], note)
+    return TrainingData("synthetic", images[:500], labels[:500], images[500:], labels[500:], note)
 
 
 # ---- IDX files: http://yann.lecun.com/exdb/mnist describes the format ------------------------------------------------
@@ -106,22 +104,22 @@ _UNSIGNED_BYTE = 8
 _BLOCK = 1 << 20  # bytes per read: a wrong size in a header must not reserve memory
 
 
-def _idx(source: str) -> ImageData:
+def _idx(source: str) -> TrainingData:
     base = Path(source).expanduser()
     if not base.is_dir() and not base.parent.is_dir():
         raise UserError(f"--data {source}: no such folder (allowed: digits, synthetic, or the path of IDX files)")
     paths = {part: _find(source, base, name) for part, name in _FILES.items()}
-    train_images, train_labels = _pair(paths["train images"], paths["train labels"])
-    test_images, test_labels = _pair(paths["test images"], paths["test labels"])
-    if train_images.shape[1:] != test_images.shape[1:]:
+    train_inputs, train_targets = _pair(paths["train images"], paths["train labels"])
+    test_inputs, test_targets = _pair(paths["test images"], paths["test labels"])
+    if train_inputs.shape[1:] != test_inputs.shape[1:]:
         raise UserError(
-            f"{paths['test images']}: images of {_size(test_images)} pixels, but those for training have "
-            f"{_size(train_images)}"
+            f"{paths['test images']}: images of {_size(test_inputs)} pixels, but those for training have "
+            f"{_size(train_inputs)}"
         )
-    note = "" if tuple(train_images.shape[1:]) == (SIDE, SIDE) else f"resized from {_size(train_images)} pixels"
+    note = "" if tuple(train_inputs.shape[1:]) == (SIDE, SIDE) else f"resized from {_size(train_inputs)} pixels"
     name = base.resolve().name.rstrip("-_.") or "idx"
-    scaled_train, scaled_test = (_resized(images.float() / 255) for images in (train_images, test_images))
-    return ImageData(name, scaled_train, train_labels, scaled_test, test_labels, note)
+    scaled_train, scaled_test = (_resized(images.float() / 255) for images in (train_inputs, test_inputs))
+    return TrainingData(name, scaled_train, train_targets, scaled_test, test_targets, note)
 
 
 def _size(images: Tensor) -> str:

@@ -23,7 +23,8 @@ def build_networks(name: str, seed: int, *, contrast: bool) -> dict[str, nn.Modu
     """
     networks = {name: build_pair(name, seed)["deepops"]}
     if contrast:
-        networks[f"{name} without batch norm"] = _without_batch_norm(name, seed)
+        if any(isinstance(module, nn.BatchNorm2d) for module in MODELS[name].stock().modules()):
+            networks[f"{name} without batch norm"] = _without_batch_norm(name, seed)
         networks["deep sigmoid net"] = _plain_net(nn.Sigmoid, 1.0, seed)
         networks["deep tanh net with large weights"] = _plain_net(nn.Tanh, 5.0, seed)
     return networks

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 import deepops.nn
 import deepops.nn.convert
 import deepops.optim
+from deepops.cli.text import SYMBOLS
 
 
 class StockCNN(nn.Module):
@@ -58,6 +59,53 @@ class DeepopsCNN(StockCNN):
         )
 
 
+class StockLSTM(nn.Module):
+    """Reads an image row by row, as a sequence of 28 steps of 28 numbers: [N, 1, 28, 28] -> [N, 10]."""
+
+    layer: Callable[..., nn.Module] = nn.LSTM
+
+    def __init__(self, num_classes: int = 10, hidden_size: int = 128) -> None:
+        """``num_classes``: how many classes to tell apart. ``hidden_size``: of the LSTM's state."""
+        super().__init__()
+        self.lstm = self.layer(28, hidden_size, batch_first=True)
+        self.classifier = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [N, 10] of the images ``x`` [N, 1, 28, 28]: from the state after the last row."""
+        _, (h_n, _) = self.lstm(x.squeeze(1))
+        return self.classifier(h_n[-1])  # type: ignore[no-any-return]
+
+
+class DeepopsLSTM(StockLSTM):
+    """The same network with the LSTM of deepops."""
+
+    layer = deepops.nn.LSTM
+
+
+class StockTextLSTM(nn.Module):
+    """Predicts each byte of a text from those before it: [N, T] -> scores [N, 256, T]."""
+
+    layer: Callable[..., nn.Module] = nn.LSTM
+
+    def __init__(self, embedding_size: int = 64, hidden_size: int = 128) -> None:
+        """``embedding_size``: numbers that stand for a byte. ``hidden_size``: of the LSTM's state."""
+        super().__init__()
+        self.embedding = nn.Embedding(SYMBOLS, embedding_size)
+        self.lstm = self.layer(embedding_size, hidden_size, batch_first=True)
+        self.classifier = nn.Linear(hidden_size, SYMBOLS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [N, 256, T] of what follows each of the bytes ``x`` [N, T]; the state begins with zeros."""
+        y, _ = self.lstm(self.embedding(x))
+        return self.classifier(y).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class DeepopsTextLSTM(StockTextLSTM):
+    """The same network with the LSTM of deepops."""
+
+    layer = deepops.nn.LSTM
+
+
 @dataclass(frozen=True)
 class ModelPair:
     """One network, built with stock layers and with those of deepops."""
@@ -65,6 +113,7 @@ class ModelPair:
     stock: Callable[[], nn.Module]
     deepops: Callable[[], nn.Module]
     note: str = ""  # what a reader of the comparison must know
+    data: str = "images"  # or "text": what it takes
 
 
 @dataclass(frozen=True)
@@ -81,13 +130,17 @@ class OptimizerPair:
         return make(parameters, **{**self.options, **options})
 
 
+DEFAULT_DATA = {"images": "digits", "text": "python"}  # by what a model takes
+
 # A later model or optimizer is one more line here.
 MODELS = {
     "cnn": ModelPair(
         StockCNN,
         DeepopsCNN,
         note="the block's output, which the fused layer itself need not keep, is kept by the max-pooling after it",
-    )
+    ),
+    "lstm": ModelPair(StockLSTM, DeepopsLSTM),
+    "lstm-text": ModelPair(StockTextLSTM, DeepopsTextLSTM, data="text"),
 }
 OPTIMIZERS = {
     "adam": OptimizerPair(torch.optim.Adam, deepops.optim.Adam, {"lr": 1e-3, "weight_decay": 1e-4}),

@@ -86,8 +86,8 @@ class Progress(StepBar):
         arguments, data = self._session.arguments, self._session.data
         what = " and ".join(self._session.sides)
         self.say(
-            f"{arguments.model} on {data.name}: {len(data.train_images)} images to train, {len(data.test_images)} to "
-            f"test; {arguments.precision} on {self._session.device}; {what}"
+            f"{arguments.model} on {data.name}: {len(data.train_inputs)} {data.samples} to train, "
+            f"{len(data.test_inputs)} to test; {arguments.precision} on {self._session.device}; {what}"
         )
         if data.note:
             self.say(f"note: {data.note}")

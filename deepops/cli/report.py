@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +16,23 @@ import torch
 
 from deepops import __version__
 from deepops._library import _C
-from deepops.cli.data import ImageData
 from deepops.cli.errors import UserError, first_line
 from deepops.cli.figures import figure_file
 from deepops.cli.models import MODELS, stock_state_dict
 from deepops.cli.side import WARM_UP, Side
+from deepops.cli.training_data import TrainingData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from deepops.cli.train import Session
 
-FORMAT = 1  # of report.json; rises when a field changes its meaning
+FORMAT = 2  # of report.json; rises when a field changes its meaning
 COLORS = {"stock": "#c2703d", "deepops": "#2f6fb0"}
 
 
 def summarize(session: Session) -> dict[str, dict[str, float]]:
-    """Per side: step_ms, images_per_second, saved_bytes, final_loss, final_accuracy; when comparing, also:
+    """Per side: step_ms, samples_per_second, saved_bytes, final_loss, final_accuracy; when comparing, also:
 
     "ratio": how many times better deepops is in the first three (2.0: half the time, twice the images, half the bytes).
     "difference": deepops minus stock, of final_loss and final_accuracy.
@@ -41,7 +42,7 @@ def summarize(session: Session) -> dict[str, dict[str, float]]:
         stock, ours = summary["stock"], summary["deepops"]
         summary["ratio"] = {
             "step_ms": _divide(stock["step_ms"], ours["step_ms"]),
-            "images_per_second": _divide(ours["images_per_second"], stock["images_per_second"]),
+            "samples_per_second": _divide(ours["samples_per_second"], stock["samples_per_second"]),
             "saved_bytes": _divide(stock["saved_bytes"], ours["saved_bytes"]),
         }
         summary["difference"] = {key: ours[key] - stock[key] for key in ("final_loss", "final_accuracy")}
@@ -52,7 +53,7 @@ def _summarize_side(side: Side) -> dict[str, float]:
     last = side.epochs[-1]
     return {
         "step_ms": 1000 * side.median_step(),
-        "images_per_second": side.images_per_second(),
+        "samples_per_second": side.samples_per_second(),
         "saved_bytes": side.saved_bytes,
         "final_loss": last.loss,
         "final_accuracy": last.test_accuracy,
@@ -78,7 +79,7 @@ def print_summary(session: Session) -> None:
         table.add_column("ratio", justify="right")
     rows = {
         "step_ms": ("time per step, median", "{:.2f} ms"),
-        "images_per_second": ("images per second", "{:,.0f}"),
+        "samples_per_second": ("samples per second", "{:,.0f}"),
         "saved_bytes": ("saved for backward", "{:,.0f} bytes"),
         "final_loss": ("final loss", "{:.4f}"),
         "final_accuracy": ("final test accuracy", "{:.2%}"),
@@ -130,6 +131,11 @@ def build_report(session: Session) -> dict[str, Any]:
             for name, side in session.sides.items()
         },
         "summary": summarize(session),
+        "test_loss_by_position": {
+            name: side.loss_by_position.tolist()
+            for name, side in session.sides.items()
+            if side.loss_by_position is not None
+        },
     }
 
 
@@ -138,12 +144,13 @@ def _config(session: Session) -> dict[str, Any]:
     return {name: getattr(session.arguments, name) for name in names}
 
 
-def describe(data: ImageData) -> dict[str, Any]:
+def describe(data: TrainingData) -> dict[str, Any]:
     """What was trained on."""
     return {
         "name": data.name,
-        "train_images": len(data.train_images),
-        "test_images": len(data.test_images),
+        "samples": data.samples,
+        "train_samples": len(data.train_inputs),
+        "test_samples": len(data.test_inputs),
         "note": data.note,
     }
 
@@ -179,17 +186,33 @@ def finite(value: Any) -> Any:
 
 
 def draw_plot(session: Session, path: Path) -> None:
-    """Loss per step and per epoch, and the distribution of the step times, as a PNG file."""
+    """Loss and time of every step and, for a text, what its prediction owes to the bytes before: a PNG file."""
     arguments = session.arguments
     facts = (arguments.model, session.data.name, arguments.optimizer, arguments.precision, str(session.device))
-    with figure_file(path, 10, 4, ", ".join(facts)) as figure:
-        losses, times = figure.subplots(1, 2)
+    of_text = any(side.loss_by_position is not None for side in session.sides.values())
+    with figure_file(path, 15 if of_text else 10, 4, ", ".join(facts)) as figure:
+        losses, times, *positions = figure.subplots(1, 3 if of_text else 2)
         for name, side in session.sides.items():
             _draw_side(losses, times, name, side)
+            if of_text:
+                _draw_positions(positions[0], name, side)
         losses.set(xlabel="training step", ylabel="loss", title="Training loss", yscale="log")
         times.set(xlabel="training step", ylabel="milliseconds", title="Time per step (line: median)", ylim=(0, None))
         losses.legend()
         times.legend()
+
+
+def _draw_positions(axes: Axes, name: str, side: Side) -> None:
+    """How well a byte is predicted by its position in its piece, averaged over 1, 2, 3-4, 5-8, ..."""
+    assert side.loss_by_position is not None
+    bits = side.loss_by_position / math.log(2)
+    last = [2**i for i in range(len(bits).bit_length()) if 2**i < len(bits)] + [len(bits)]
+    ranges = [bits[first:end].mean().item() for first, end in pairwise([0, *last])]
+    width = 2.0 if name == "stock" else 0.8
+    axes.plot(last, ranges, color=COLORS[name], label=name, linewidth=width, marker=".")
+    axes.set(xlabel="up to byte number", ylabel="bits per byte", title="Test loss by how much came before")
+    axes.set_xscale("log", base=2)
+    axes.legend()
 
 
 def _draw_side(losses: Axes, times: Axes, name: str, side: Side) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,10 +19,10 @@ WARM_UP = 3  # first steps left out of the timing: they build caches and optimiz
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images gave."""
+    """What one pass over the training data gave."""
 
-    loss: float  # mean over the images, as seen during training
-    test_accuracy: float  # fraction
+    loss: float  # mean over the samples, as seen during training
+    test_accuracy: float  # fraction of the targets
     train_seconds: float  # sum of the step times
 
 
@@ -44,64 +45,73 @@ class Side:
         self.losses: list[float] = []  # of every step
         self.seconds: list[float] = []  # of every step
         self.epochs: list[Epoch] = []
+        self.loss_by_position: Tensor | None = None  # [T], of the test pieces of a text at the end of the last epoch
         self.saved_bytes = 0
         self.batch_sizes: list[int] = []  # of every step
         self._epoch_start = 0  # the first step of the epoch that runs
         self._random_state = self._read_random_state()
 
-    def step(self, images: Tensor, targets: Tensor) -> float:
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
         """One training step on a batch (on any device), timed; returns its loss."""
-        images, targets = images.to(self.device), targets.to(self.device)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
         with self._own_random_numbers():
             if self.losses:
                 start = perf_counter()
-                loss = self._train_on(images, targets)
+                loss = self._train_on(inputs, targets)
                 seconds = perf_counter() - start
             else:  # the first step is warm-up anyway: count what it saves
-                known = [images, targets, *self.model.parameters(), *self.model.buffers()]
+                known = [inputs, targets, *self.model.parameters(), *self.model.buffers()]
                 start = perf_counter()
                 with count_saved_bytes(known) as counter:
-                    loss = self._train_on(images, targets)
+                    loss = self._train_on(inputs, targets)
                 seconds = perf_counter() - start
                 self.saved_bytes = counter.bytes
         self.losses.append(loss)
         self.seconds.append(seconds)
-        self.batch_sizes.append(len(images))
+        self.batch_sizes.append(len(inputs))
         return loss
 
-    def _train_on(self, images: Tensor, targets: Tensor) -> float:
+    def _train_on(self, inputs: Tensor, targets: Tensor) -> float:
         """The module's training step."""
         self.optimizer.zero_grad()
         with self._autocast():
-            outputs = self.model(images)
+            outputs = self.model(inputs)
             loss = self.criterion(outputs, targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return float(loss.item())  # waits for the device, so that the time is that of the work
 
-    def end_epoch(self, images: Tensor, labels: Tensor) -> Epoch:
-        """Close the epoch: its mean loss, and the accuracy on the test ``images``."""
+    def end_epoch(self, inputs: Tensor, targets: Tensor) -> Epoch:
+        """Close the epoch: its mean loss, and the accuracy on the test ``inputs``."""
         steps = slice(self._epoch_start, None)
         counts = self.batch_sizes[steps]
         loss = sum(value * count for value, count in zip(self.losses[steps], counts, strict=True)) / sum(counts)
-        self.epochs.append(Epoch(loss, self.accuracy(images, labels), sum(self.seconds[steps])))
+        self.epochs.append(Epoch(loss, self.evaluate(inputs, targets), sum(self.seconds[steps])))
         self._epoch_start = len(self.losses)
         self.model.train()
         return self.epochs[-1]
 
     @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-        """The fraction of ``images`` whose class the model (in evaluation mode) tells right."""
-        self.model.eval()
-        right = 0
-        with self._autocast():
-            for batch, targets in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
-                right += int((self.model(batch.to(self.device)).argmax(1) == targets.to(self.device)).sum())
-        return right / len(images)
+    def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int = 256) -> float:
+        """The fraction of ``targets`` that the model (in evaluation mode) tells right.
 
-    def images_per_second(self) -> float:
-        """Training images per second: those of a full batch in the median step."""
+        For the pieces of a text, with a target per position, also ``loss_by_position``.
+        """
+        self.model.eval()
+        right, losses = 0, []
+        with self._autocast():
+            for batch, expected in zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True):
+                expected = expected.to(self.device)
+                scores = self.model(batch.to(self.device))
+                right += int((scores.argmax(1) == expected).sum())
+                if expected.dim() == 2:
+                    losses.append(F.cross_entropy(scores.float(), expected, reduction="none").sum(0))
+        self.loss_by_position = sum(losses[1:], losses[0]).cpu() / len(inputs) if losses else None
+        return right / targets.numel()
+
+    def samples_per_second(self) -> float:
+        """Training samples per second: those of a full batch in the median step."""
         return max(self.batch_sizes) / self.median_step()
 
     def median_step(self) -> float:

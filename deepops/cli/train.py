@@ -20,10 +20,11 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepops.cli.data import ImageData, load_data
+from deepops.cli.data import load_data
 from deepops.cli.errors import UserError, first_line, require
-from deepops.cli.models import OPTIMIZERS, build_pair
+from deepops.cli.models import MODELS, OPTIMIZERS, build_pair
 from deepops.cli.side import Side
+from deepops.cli.training_data import TrainingData
 
 INTERRUPTED = 130
 
@@ -34,7 +35,7 @@ class Session:
 
     arguments: argparse.Namespace
     device: torch.device
-    data: ImageData
+    data: TrainingData
     sides: dict[str, Side]  # "stock" (when comparing) and "deepops"
     interrupted: bool = False
 
@@ -63,7 +64,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from deepops.cli.report import print_summary, write_results
 
     device = find_device(arguments.device)
-    data = load_data(arguments.data, arguments.seed)
+    data = load_data(arguments.data, arguments.seed, MODELS[arguments.model].data)
     out = output_folder(arguments, data)
     session = prepare(arguments, device, data)
     with stop_on_interrupt() as stop, Progress(session) as progress:
@@ -87,7 +88,7 @@ def find_device(name: str) -> torch.device:
     raise UserError(f"--device {name}: not available here: {reason}")
 
 
-def output_folder(arguments: argparse.Namespace, data: ImageData) -> Path:
+def output_folder(arguments: argparse.Namespace, data: TrainingData) -> Path:
     """The folder for the results, made and found to be writable."""
     out = Path(arguments.out or f"runs/{arguments.model}-{data.name}").expanduser()
     try:
@@ -99,7 +100,7 @@ def output_folder(arguments: argparse.Namespace, data: ImageData) -> Path:
     return out
 
 
-def prepare(arguments: argparse.Namespace, device: torch.device, data: ImageData) -> Session:
+def prepare(arguments: argparse.Namespace, device: torch.device, data: TrainingData) -> Session:
     """Models, optimizers and random numbers of both sides, ready for the first step."""
     models = build_pair(arguments.model, arguments.seed)
     if not arguments.compare:
@@ -120,7 +121,7 @@ def train(session: Session, listener: Listener, stop: threading.Event) -> bool:
     """
     data, arguments = session.data, session.arguments
     batches = DataLoader(
-        TensorDataset(data.train_images, data.train_labels),
+        TensorDataset(data.train_inputs, data.train_targets),
         batch_size=arguments.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(arguments.seed),
@@ -135,7 +136,7 @@ def train(session: Session, listener: Listener, stop: threading.Event) -> bool:
             if stop.is_set():
                 break
         for side in session.sides.values():
-            side.end_epoch(data.test_images, data.test_labels)
+            side.end_epoch(data.test_inputs, data.test_targets)
         listener.end_epoch(epoch)
         if stop.is_set():
             return False

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from deepops.cli.errors import UserError
-from deepops.cli.models import MODELS, OPTIMIZERS
+from deepops.cli.models import DEFAULT_DATA, MODELS, OPTIMIZERS
 
 # Options that only some kinds of training have: their names, the kinds, and what they are unless given.
 _OPTIONS: dict[str, tuple[tuple[str, ...], object]] = {
@@ -34,17 +34,17 @@ def add_train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--model", default="cnn", choices=MODELS, help="what to train")
     train.add_argument(
         "--data",
-        default="digits",
-        metavar="digits|synthetic|PATH",
+        metavar="digits|synthetic|python|PATH",
         help="scikit-learn's handwritten digits, random images, or MNIST-format IDX files (a folder, or a prefix of "
-        "their paths), gzipped or not",
+        "their paths), gzipped or not; for lstm-text the reference of the Python language, or a file (default: digits, "
+        "or python)",
     )
     train.add_argument(
         "--epochs",
         type=_integer(1),
-        help="passes over the training images (default: 5; with --compare-optimizers 4)",
+        help="passes over the training data (default: 5; with --compare-optimizers 4)",
     )
-    train.add_argument("--batch-size", type=_integer(1), default=32, help="images per step")
+    train.add_argument("--batch-size", type=_integer(1), default=32, help="images, or pieces of a text, per step")
     train.add_argument("--optimizer", choices=OPTIMIZERS, help="which optimizer (default: adam)")
     train.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="bf16, fp16: autocast (mixed precision)"
@@ -113,6 +113,9 @@ def complete(arguments: argparse.Namespace) -> None:
         UserError: an option was given that this kind does not have, or twice what may be there once.
     """
     chosen = kind_of(arguments)
+    if chosen != "train" and MODELS[arguments.model].data != "images":
+        raise UserError(f"{_flag(chosen)} is for models of images, not for {arguments.model}")
+    arguments.data = arguments.data or DEFAULT_DATA[MODELS[arguments.model].data]
     arguments.epochs = arguments.epochs or (4 if chosen == "compare_optimizers" else 5)
     for name, (kinds, default) in _OPTIONS.items():
         if getattr(arguments, name) is None:
