@@ -35,6 +35,7 @@ class StockCell(nn.Module):
     """A step of LayerNorm, peephole or zoneout LSTM from stock modules and functions."""
 
     def __init__(self, size: int, *, layer_norm: bool = False, peephole: bool = False, zoneout: float = 0.0) -> None:
+        """``size``: of inputs and state; the rest as in ``deepops.nn.LSTM``."""
         super().__init__()
         self.inputs, self.recurrent = nn.Linear(size, 4 * size), nn.Linear(size, 4 * size)
         self.norms = nn.ModuleList(nn.LayerNorm(n) for n in (4 * size, 4 * size, size)) if layer_norm else None
@@ -42,6 +43,7 @@ class StockCell(nn.Module):
         self.zoneout = zoneout
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The new state."""
         a, r = self.inputs(x), self.recurrent(h)
         if self.norms is not None:
             a, r = self.norms[0](a), self.norms[1](r)
