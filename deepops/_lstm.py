@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepops import _lstm_fake
 from deepops._checks import autocast_enabled, transforms_active
 from deepops._library import gpu_not_covered, has_kernel
 from deepops.reference import lstm as reference
@@ -25,9 +24,6 @@ Grad = Tensor | None
 Settings = tuple[bool, float | None, float, float, float, float, int]
 # h and c of every step, h and c of the last one.
 States = tuple[Tensor, Tensor, Tensor, Tensor]
-
-if hasattr(torch.ops.deepops, "lstm_sequence"):
-    _lstm_fake.register()
 
 # Looked up once: a dictionary is something torch.compile can trace.
 _KERNEL_ON = {
