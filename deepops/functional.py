@@ -1,4 +1,4 @@
-"""Functions behind ``deepops.nn``: the argument order mirrors ``torch.nn.functional.batch_norm``.
+"""Functions behind ``deepops.nn``: the argument order mirrors ``torch.nn.functional.batch_norm``, ``torch.lstm_cell``.
 
     >>> import torch, deepops
     >>> x = torch.randn(8, 16, 14, 14)
@@ -31,11 +31,12 @@ from deepops._checks import (
 from deepops._convolution import convolution
 from deepops._depthwise import depthwise_bn_act, geometry_of
 from deepops._folding import conv_act, fold, folds_with_gradients
+from deepops._lstm_functional import lstm, lstm_cell
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["batch_norm_act", "conv_bn_act"]
+__all__ = ["batch_norm_act", "conv_bn_act", "lstm", "lstm_cell"]
 
 if hasattr(torch.ops.deepops, "batch_norm_act_train"):
     _fake.register()
