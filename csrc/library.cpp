@@ -53,6 +53,19 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, int[2] stride, int[4] padding, int[2] dilation, str activation, "
       "float negative_slope, bool need_x, bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // Both weights of a cell in the order in which lstm_cell reads them; device dependent, opaque. Weights [4H, I],
+  // [4H, H].
+  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor packed");
+  // One step of a plain cell (also with peepholes and clipping). bias: b_ih + b_hh, [4H], in the type of sums on the
+  // CPU, of the data on CUDA. save: also return the activated gates, [B, 4H].
+  m.def(
+      "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor packed, Tensor? bias, Tensor? weight_peephole, float? cell_clip, "
+      "bool save) -> (Tensor h, Tensor c, Tensor gates)");
+  // grad_gates: [B, 4H]. The gradients of weights and biases are products and sums of it, over all steps at once.
+  m.def(
+      "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_before, Tensor packed, "
+      "Tensor? weight_peephole, float? cell_clip, int input_size, bool need_x, bool need_h) -> "
+      "(Tensor grad_gates, Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_peephole)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(
