@@ -74,12 +74,15 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "float recurrent_dropout, int first_step) -> "
       "(Tensor grad_gates, Tensor grad_r, Tensor grad_out, Tensor grad_h0, Tensor grad_c0, "
       "Tensor grad_weight_peephole, Tensor grad_weight_ln_hh, Tensor grad_weight_ln_c, Tensor grad_bias_ln_c)");
-  // Both weights of a cell, [4H, I] and [4H, H], in the order in which lstm_cell reads them; device dependent, opaque.
+  // Both weights of a cell in the order in which lstm_cell reads them; device dependent, opaque. Weights [4H, I],
+  // [4H, H].
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor packed");
-  // One step of a plain cell, also with peepholes and clipping. bias: b_ih + b_hh, [4H].
+  // One step of a plain cell (also with peepholes and clipping). bias: b_ih + b_hh, [4H], in the type of sums on the
+  // CPU, of the data on CUDA. save: also return the activated gates, [B, 4H].
   m.def(
-      "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor packed, Tensor? bias, Tensor? weight_peephole, "
-      "float? cell_clip, bool save) -> (Tensor h, Tensor c, Tensor gates)");
+      "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor packed, Tensor? bias, Tensor? weight_peephole, float? cell_clip, "
+      "bool save) -> (Tensor h, Tensor c, Tensor gates)");
+  // grad_gates: [B, 4H]. The gradients of weights and biases are products and sums of it, over all steps at once.
   m.def(
       "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_before, Tensor packed, "
       "Tensor? weight_peephole, float? cell_clip, int input_size, bool need_x, bool need_h) -> "

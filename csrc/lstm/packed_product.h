@@ -9,14 +9,12 @@
 // Compiled once per instruction set; include it from kernel files only.
 #pragma once
 #include "core/lanes.h"
+#include "lstm/panels.h"
 
 namespace deepops::DEEPOPS_ISA {
 
-inline constexpr int kGates = 4;
-inline constexpr int kPanel = kGates * kLanes;  // columns
-
-inline constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-inline constexpr int64_t unit_blocks_of(int64_t hidden) { return (hidden + kLanes - 1) / kLanes; }
+inline constexpr int kPanel = kPanelColumns, kGates = kPanel / kLanes;
+static_assert(kPanelUnits == kLanes);
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
