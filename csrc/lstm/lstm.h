@@ -90,7 +90,6 @@ struct LstmBackward : LstmInputs {
   void *grad_gates, *grad_r, *grad_out;  // sums
   void *grad_h0, *grad_c0;               // [B, ..]
   void* grad_state;                      // [B][state]: of h
-  void* grad_now;                        // [B][state]: of h before zoneout
   void* grad_cell;                       // [B][hidden]: of c
   void* row_out;                         // [B][hidden]: of o * tanh(.)
   void *row_o, *row_shown;               // [B][hidden]: with layer norm: of the sum of o, of the normalised cell

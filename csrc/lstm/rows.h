@@ -16,15 +16,17 @@ using LanesOf = Lanes<core::OpMath<T>>;
 template <class T>
 LanesOf<T> load_part(const T* p, int64_t count) {
   if (count >= kLanes) return load_lanes(p);
-  LanesOf<T> out(0);
-  for (int lane = 0; lane < count; ++lane) out.set(lane, load(p + lane));
-  return out;
+  T values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load_lanes(values);
 }
 
 template <class T>
 void store_part(T* p, const LanesOf<T>& value, int64_t count) {
   if (count >= kLanes) return store_lanes(p, value);
-  for (int lane = 0; lane < count; ++lane) store(p + lane, value[lane]);
+  T values[kLanes];
+  store_lanes(values, value);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
 }
 
 // To the values that T has.
