@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import backends
 import torch
@@ -66,9 +67,10 @@ def make_case(
     )
     if clip:  # in the widest gap between them: on the limit the gradient jumps
         values = differentiate(to_double_case(case))["new_c"].abs().flatten().sort().values
-        inner = values[values.numel() // 4 : 3 * values.numel() // 4 + 1]
-        widest = int((inner[1:] - inner[:-1]).argmax()) if inner.numel() > 1 else 0
-        case.cell_clip = inner[widest : widest + 2].mean().item() if inner.numel() else 0.5
+        values = torch.cat([values.new_zeros(1), values])
+        inner = values[values.numel() // 4 : 3 * values.numel() // 4 + 2]
+        widest = int((inner[1:] - inner[:-1]).argmax())
+        case.cell_clip = inner[widest : widest + 2].mean().item()
     return case
 
 
@@ -80,25 +82,23 @@ def differentiate(case: Case) -> dict[str, Tensor]:
     """The new state by the reference, in the dtype of the case, and all gradients by autograd."""
     leaves = {n: t.detach().clone().requires_grad_() for n in TENSORS if (t := getattr(case, n)) is not None}
     t = replace(case, **leaves)
-    gates_x = F.linear(t.x, t.weight_ih, t.bias)[None]
+    gates = F.linear(t.x, t.weight_ih, t.bias)
     _, _, h, c = formulas.lstm_sequence(
-        gates_x, t.h, t.c, t.weight_hh, weight_peephole=t.weight_peephole, cell_clip=t.cell_clip
+        gates[None], t.h, t.c, t.weight_hh, weight_peephole=t.weight_peephole, cell_clip=t.cell_clip
     )
     given = [(state, grad) for state, grad in ((h, case.grad_h), (c, case.grad_c)) if grad is not None]
     grads = torch.autograd.grad(
-        [state for state, _ in given], list(leaves.values()), [grad for _, grad in given], materialize_grads=True
+        [state for state, _ in given], [gates, *leaves.values()], [grad for _, grad in given], materialize_grads=True
     )
-    return {
-        "new_h": h.detach(),
-        "new_c": c.detach(),
-        **{f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)},
-    }
+    names = ("gates", *leaves)
+    results = {"new_h": h.detach(), "new_c": c.detach()}
+    return results | {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
 def stock_results(case: Case) -> dict[str, Tensor]:
-    """The reference in the dtype of the case. In fp64, the oracle's own: with units and inputs in reverse order.
+    """The reference in the dtype of the case. In fp64, the oracle's own, with other roundings.
 
-    Sums then come out with other rounding errors, and nothing else changes.
+    There units and inputs come in reverse order, and sigmoid and tanh are made of exp and expm1: within 3 ulp.
     """
     if case.h.dtype != torch.float64:
         return differentiate(case)
@@ -106,11 +106,18 @@ def stock_results(case: Case) -> dict[str, Tensor]:
     def turned(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if name in ("weight_ih", "weight_hh", "bias", "weight_peephole"):
+        if name == "gates":
+            return value.view(-1, 4, case.h.size(1)).flip(2).view(value.shape)
+        if name in ("bias", "weight_ih", "weight_hh", "weight_peephole"):
             value = value.view(-1, case.h.size(1), *value.shape[1:]).flip(1).reshape(value.shape)
-        return value.flip(-1) if name not in ("bias", "weight_peephole") else value
+        return value.flip(1) if value.dim() > 1 else value
 
-    results = differentiate(Case(**{name: turned(name, value) for name, value in vars(case).items()}))
+    def tanh(x: Tensor) -> Tensor:
+        less_one = torch.expm1(2 * x.clamp(-40, 40))
+        return less_one / (less_one + 2)
+
+    with mock.patch("torch.sigmoid", lambda x: 1 / (1 + torch.exp(-x))), mock.patch("torch.tanh", tanh):
+        results = differentiate(Case(**{name: turned(name, value) for name, value in vars(case).items()}))
     return {name: turned(name.removeprefix("grad_"), value) for name, value in results.items()}
 
 
@@ -154,6 +161,7 @@ def op_results(case: Case) -> dict[str, Tensor]:
     results = {
         "new_h": h,
         "new_c": c,
+        "grad_gates": grad_gates,
         "grad_x": grad_x,
         "grad_h": grad_h,
         "grad_c": grad_c,
@@ -167,6 +175,22 @@ def op_results(case: Case) -> dict[str, Tensor]:
     else:
         assert grad_peephole.numel() == 0
     return {name: result.to(case.h.dtype) for name, result in results.items()}
+
+
+def size_of_terms(case: Case, key: str, grad_gates: Tensor) -> float | None:
+    """Size to measure errors of a sum against where its terms may cancel: the sum of their magnitudes."""
+    if not grad_gates.numel():
+        return None
+    rows = grad_gates.abs()
+    others = {
+        "grad_x": lambda: rows @ case.weight_ih.double().abs(),
+        "grad_h": lambda: rows @ case.weight_hh.double().abs(),
+        "grad_weight_ih": lambda: rows.T @ case.x.double().abs(),
+        "grad_weight_hh": lambda: rows.T @ case.h.double().abs(),
+        "grad_bias": lambda: rows.sum(0),
+        "grad_weight_peephole": lambda: rows.sum(0),
+    }
+    return others[key]().max().item() or 1.0 if key in others else None
 
 
 class CellPools:
@@ -183,7 +207,8 @@ class CellPools:
         assert set(actual) == set(oracle) == set(stock)
         for key, expected in oracle.items():
             pool = self.pools.setdefault(f"{case.h.dtype} {key}", ErrorPool())
-            pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip())
+            scale = size_of_terms(case, key, oracle["grad_gates"])
+            pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scale)
 
     def check(self) -> None:
         for pool in self.pools.values():

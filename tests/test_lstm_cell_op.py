@@ -16,15 +16,13 @@ from lstm_cell_cases import (
     make_case,
     op_results,
     pack,
-    stock_results,
     sums,
-    to_double_case,
 )
 from torch import Tensor
 
-from deepops import testing
+from deepops import functional, testing
 from deepops._library import has_kernel
-from deepops.testing import assert_close_to_oracle, count_parallel_regions, make_layouts, use_isa, use_threads
+from deepops.testing import count_parallel_regions, make_layouts, use_isa, use_threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 if not has_kernel("lstm_cell", "cpu"):
@@ -38,6 +36,7 @@ VARIANTS = {
     "all": {"peephole": True, "clip": True},
 }
 ops = torch.ops.deepops
+assert functional  # importing it registers the fakes
 
 
 @pytest.mark.parametrize("isa", testing.isas())
@@ -64,7 +63,8 @@ def test_a_row_does_not_depend_on_the_others(dtype, isa):
         for rows in (slice(0, 1), slice(3, 8), slice(7, 13), slice(20, 51)):
             part = replace(case, **{name: getattr(case, name)[rows] for name in ("x", "h", "c", "grad_h", "grad_c")})
             part_state = forward(part, packed)
-            for whole, alone in zip((*state, *grads[:4]), (*part_state, *backward(part, packed, part_state[2])[:4])):
+            part_grads = backward(part, packed, part_state[2])
+            for whole, alone in zip((*state, *grads[:4]), (*part_state, *part_grads[:4]), strict=True):
                 assert torch.equal(whole[rows], alone)
 
 
@@ -133,7 +133,8 @@ def test_layouts(dtype):
         if layout == "expanded":
             continue
         other = replace(case, **{name: layouts[name][layout] for name in names})
-        for a, b in zip((*forward(other, packed), *backward(other, packed, expected[2])), (*expected, *expected_grads)):
+        actual = (*forward(other, packed), *backward(other, packed, expected[2]))
+        for a, b in zip(actual, (*expected, *expected_grads), strict=True):
             assert torch.equal(a, b), layout
     long = torch.randn(6, 4, 19).to(dtype)
     long[:, 2] = case.x
@@ -145,7 +146,7 @@ def test_layouts(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch, inputs", [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("batch", "inputs"), [(0, 4), (3, 0), (0, 0)])
 def test_empty(batch, inputs, dtype):
     case = make_case(batch, inputs, 5, dtype, peephole=True) if inputs else None
     if case is None:
@@ -156,9 +157,11 @@ def test_empty(batch, inputs, dtype):
         assert actual[name].shape == value.shape, name
         if batch == 0:
             assert not actual[name].any(), name
-    oracle = differentiate(to_double_case(case))
-    for name in ("new_h", "new_c"):
-        assert_close_to_oracle(actual[name], expected[name], oracle[name], name=name)
+    if inputs == 0:  # as inputs of 0
+        zeros = replace(case, x=case.h.new_zeros(batch, 1), weight_ih=case.h.new_zeros(20, 1))
+        for name, value in op_results(zeros).items():
+            if name not in ("grad_x", "grad_weight_ih"):
+                assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("isa", testing.isas())
@@ -167,14 +170,16 @@ def test_saturation(dtype, isa):
     """Gates far out: exactly 0, 1 or -1, finite gradients, as torch's."""
     pools = CellPools()
     with use_isa(isa):
-        for hidden in (20, 33):
-            case = make_case(9, 6, hidden, dtype, peephole=True)
+        for hidden in (20, 33, 64, 100):
+            case = make_case(26, 60, hidden, dtype, peephole=True)
             far = torch.tensor([-100.0, 100.0, 0.5])[torch.randint(0, 3, (4 * hidden,))]
             case = replace(case, bias=far.to(dtype))
-            pools.add(case, f"{hidden}")
+            if dtype != torch.float64:  # sums are as in test_values, and everything else exact or nearly so
+                pools.add(case, f"{hidden}")
             for value in op_results(replace(case, bias=far.to(dtype) * 300)).values():
                 assert value.isfinite().all()
-    pools.check()
+    if pools.pools:
+        pools.check()
 
 
 @pytest.mark.parametrize("isa", testing.isas())
@@ -185,7 +190,7 @@ def test_nan_and_infinity_stand_where_torch_has_them(bad, dtype, isa):
         for name in ("x", "h", "c", "grad_h", "grad_c"):
             case = make_case(4, 5, 18, dtype)
             getattr(case, name)[1, 2] = bad
-            actual, stock = op_results(case), stock_results(case)
+            actual, stock = op_results(case), differentiate(case)
             for key, value in stock.items():
                 assert torch.equal(actual[key].isnan(), value.isnan()), f"{name}: {key}"
                 assert torch.equal(actual[key].isinf(), value.isinf()), f"{name}: {key}"

@@ -112,12 +112,29 @@ DEEPOPS_HD V lstm_sigmoid(const V& x) {
 
 // (exp(2x) - 1) / (exp(2x) + 1), within 3 ulp: exp(2x) - 1 = (2^k - 1) + 2^k rest cancels nowhere.
 template <class V>
+DEEPOPS_HD V lstm_tanh_of(const V& x, double) {
+  using C = LstmExpConstants<double>;
+  const LstmExp<V> e(lstm_between(x + x, -2 * C::kTanhIsOne, 2 * C::kTanhIsOne));
+  const V less_one = lstm_multiply_add(e.scale, e.rest, e.scale - V(1.0));
+  return less_one / (less_one + V(2.0));
+}
+
+// Within 1.5 ulp, where the above has 2.5 and torch 0.5: 1 - 2 / (exp(2x) + 1) for |x| above 0.65, where little of the
+// error of exp() is left, and below it x + x^3 P(x^2). P: a fit made for this project, relative error 7e-9.
+template <class V>
+DEEPOPS_HD V lstm_tanh_of(const V& x, float) {
+  using C = LstmExpConstants<float>;
+  const V one(1.0f), magnitude = select(x < V(0.0f), V(0.0f) - x, x), square = x * x;
+  const LstmExp<V> e(lstm_between(magnitude + magnitude, 0.0f, 2 * C::kTanhIsOne));
+  const V large = one - V(2.0f) / lstm_multiply_add(e.scale, one + e.rest, one);
+  const float c[] = {-0.333332598f, 0.133308303f, -0.0536880233f, 0.0204694203f, -0.00551516423f};
+  const V small = lstm_multiply_add(x * square, lstm_polynomial(square, c), x);
+  return select(magnitude < V(0.65f), small, select(x < V(0.0f), V(0.0f) - large, large));
+}
+
+template <class V>
 DEEPOPS_HD V lstm_tanh(const V& x) {
-  using S = typename ScalarOf<V>::Type;
-  using C = LstmExpConstants<S>;
-  const LstmExp<V> e(lstm_between(x + x, S(-2) * C::kTanhIsOne, S(2) * C::kTanhIsOne));
-  const V less_one = lstm_multiply_add(e.scale, e.rest, e.scale - V(S(1)));
-  return less_one / (less_one + V(S(2)));
+  return lstm_tanh_of(x, typename ScalarOf<V>::Type());
 }
 
 // ---- random words ---------------------------------------------------------------------------------------------------
