@@ -139,8 +139,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _sequence_mask(seed: Tensor, stream: int, like: Tensor, p: float) -> Tensor:
     """0 with probability ``p``, else ``1 / (1 - p)``, for each element of ``like``, [B, N]; the same for all steps."""
-    dropped = reference.random_mask(seed, stream, 0, like.size(0), like.size(1), p)
-    return torch.where(dropped, 0.0, 1 / (1 - p) if p < 1 else 0.0).to(like.dtype)
+    kept = ~reference.random_mask(seed, stream, 0, like.size(0), like.size(1), p)
+    return kept.to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def _plain(

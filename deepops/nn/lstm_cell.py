@@ -11,7 +11,7 @@ from deepops._checks import autocast_enabled, check_data
 from deepops._explain import kernel_note
 from deepops._library import has_kernel
 from deepops._lstm import Weights, _choice, lstm_layer
-from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_seed
+from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
 
@@ -133,6 +133,9 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         x = input if batched else input.unsqueeze(0)
         weights = self._named_weights(self._weight_names)
         h, c = self._states(x, hx, weights, batched)
+        drops = max(self._variant.input_dropout, self._variant.hidden_dropout) > 0
+        if seed is None and drops and self.training:
+            raise ValueError("seed: expected one for all steps of a sequence with variational_dropout, got None")
         autocast = autocast_enabled(x)
         if autocast:
             x, h, c, weights = _to_one_dtype(x, h, c, weights)
@@ -142,19 +145,11 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             c,
             weights,
             self._variant,
-            seed=self._seed(seed, x),
+            seed=self._seed(seed, x.device),
             first_step=step,
             kernel=path == "kernel",
         )[2:]
         return (h_n, c_n) if batched else (h_n.squeeze(0), c_n.squeeze(0))
-
-    def _seed(self, seed: Seed, x: Tensor) -> Tensor | None:
-        """The seed of the masks; None where there are none."""
-        random = self.training and self._variant.is_random()
-        if seed is None and random and max(self._variant.input_dropout, self._variant.hidden_dropout) > 0:
-            raise ValueError("seed: expected one for all steps of a sequence with variational_dropout, got None")
-        checked = checked_seed(seed, x.device) if random or seed is not None else None
-        return checked if random else None
 
     def _states(self, x: Tensor, hx: Hidden | None, weights: Weights, batched: bool) -> Hidden:
         """``hx`` or zeros, for x of [B, I]. Raise, in torch's words, unless sizes fit."""
