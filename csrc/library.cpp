@@ -53,6 +53,40 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, int[2] stride, int[4] padding, int[2] dilation, str activation, "
       "float negative_slope, bool need_x, bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // What follows the product of inputs and W_ih, for a whole sequence; deepops/reference/lstm.py has the formulas.
+  // gates_x: x W_ih^T + b_ih + b_hh, [T, B, 4H], float for 16-bit data on the CPU. seed: of the random masks; None in
+  // evaluation. first_step: the number of step 0. save: also return what the backward needs: activated gates (i, f, g
+  // before dropout, o), c of every step, o * tanh(.) before a projection, r = h W_hh^T before layer norm, and its mean
+  // and invstd and those of the cell, [T, B, 4].
+  m.def(
+      "lstm_sequence(Tensor gates_x, Tensor h0, Tensor c0, Tensor weight_hh, Tensor? weight_hr, "
+      "Tensor? weight_peephole, Tensor? weight_ln_hh, Tensor? weight_ln_c, Tensor? bias_ln_c, Tensor? hidden_mask, "
+      "Tensor? lengths, Tensor? seed, bool reverse, float? cell_clip, float layer_norm_eps, float zoneout_h, "
+      "float zoneout_c, float recurrent_dropout, int first_step, bool save, bool all_c) -> "
+      "(Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor gates, Tensor out, Tensor r, Tensor stats)");
+  // Its backward. grad_gates: of gates_x. grad_r: of r (layer norm; else empty: it is grad_gates). grad_out: of what
+  // weight_hr gave, [T, B, P]. All three in the type of gates_x.
+  m.def(
+      "lstm_sequence_backward(Tensor? grad_h, Tensor? grad_c, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates, "
+      "Tensor c, Tensor r, Tensor stats, Tensor c0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_peephole, "
+      "Tensor? weight_ln_hh, Tensor? weight_ln_c, Tensor? bias_ln_c, Tensor? hidden_mask, Tensor? lengths, "
+      "Tensor? seed, bool reverse, float? cell_clip, float layer_norm_eps, float zoneout_h, float zoneout_c, "
+      "float recurrent_dropout, int first_step) -> "
+      "(Tensor grad_gates, Tensor grad_r, Tensor grad_out, Tensor grad_h0, Tensor grad_c0, "
+      "Tensor grad_weight_peephole, Tensor grad_weight_ln_hh, Tensor grad_weight_ln_c, Tensor grad_bias_ln_c)");
+  // Both weights of a cell in the order in which lstm_cell reads them; device dependent, opaque. Weights [4H, I],
+  // [4H, H].
+  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor packed");
+  // One step of a plain cell (also with peepholes and clipping). bias: b_ih + b_hh, [4H], in the type of sums on the
+  // CPU, of the data on CUDA. save: also return the activated gates, [B, 4H].
+  m.def(
+      "lstm_cell(Tensor x, Tensor h, Tensor c, Tensor packed, Tensor? bias, Tensor? weight_peephole, float? cell_clip, "
+      "bool save) -> (Tensor h, Tensor c, Tensor gates)");
+  // grad_gates: [B, 4H]. The gradients of weights and biases are products and sums of it, over all steps at once.
+  m.def(
+      "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_before, Tensor packed, "
+      "Tensor? weight_peephole, float? cell_clip, int input_size, bool need_x, bool need_h) -> "
+      "(Tensor grad_gates, Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_peephole)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

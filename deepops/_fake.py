@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepops import _fake_lstm
 from deepops._checks import statistics_dtype
 from deepops._convolution import output_sizes
 
@@ -225,6 +226,7 @@ def register() -> None:
     torch.library.register_fake("deepops::batch_norm_act_input_grad", _batch_norm_act_input_grad)
     torch.library.register_fake("deepops::depthwise_bn_act_train", _depthwise_bn_act_train)
     torch.library.register_fake("deepops::depthwise_bn_act_backward", _depthwise_bn_act_backward)
+    _fake_lstm.register()
     torch.library.register_fake("deepops::adam", _adam)
     torch.library.register_fake("deepops::sgd", _sgd)
     torch.library.register_fake("deepops::rmsprop", _rmsprop)
