@@ -115,9 +115,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, token: Grad, weights: CellWeights) -> State:
-        new_h, new_c, gates = _FORWARD(
-            x, h, c, weights.packed, weights.bias, weights.peephole, weights.cell_clip, True
-        )
+        new_h, new_c, gates = _FORWARD(x, h, c, weights.packed, weights.bias, weights.peephole, weights.cell_clip, True)
         ctx.save_for_backward(x, h, c, gates)
         ctx.set_materialize_grads(False)
         ctx.weights = weights
@@ -196,9 +194,7 @@ class _Gathered:
     def add_differentiable(self, grads: Sequence[Grad]) -> None:
         """Take in the gradients of one step."""
         sums = self.differentiable or [None] * len(grads)
-        self.differentiable = [
-            b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)
-        ]
+        self.differentiable = [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
 
     def flush(self) -> None:
         """Multiply what has been gathered."""
@@ -232,9 +228,7 @@ class _Gathered:
         return grads
 
 
-def _differentiable_backward(
-    ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: Grad, grad_c: Grad
-) -> tuple[Grad, ...]:
+def _differentiable_backward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: Grad, grad_c: Grad) -> tuple[Grad, ...]:
     """The same by differentiable torch operations, for double backward (``create_graph=True``).
 
     Forward in plain PyTorch on the saved tensors, then ``torch.autograd.grad``. On aliases: the history of ``h`` leads
