@@ -347,7 +347,7 @@ def _differentiable_backward(ctx: Any, grads_of_states: Sequence[Grad]) -> list[
     saved = ctx.saved_tensors
     mask, lengths, seed = saved[13:16]
     # Aliases: the history of one input may lead to another, and what comes that way is for others to add.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:13]]
+    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:13]]
     x, h0, c0, *weights = inputs
     states = _plain(x, h0, c0, Weights(*weights), mask, lengths, seed, ctx.settings)
     pairs = [(state, grad) for state, grad in zip(states, grads_of_states, strict=True) if grad is not None]

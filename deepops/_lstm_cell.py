@@ -20,9 +20,11 @@ from deepops.reference import lstm as reference
 Grad = Tensor | None
 State = tuple[Tensor, Tensor]
 
-_PACK: Any = torch.ops.deepops.lstm_pack.default
-_FORWARD: Any = torch.ops.deepops.lstm_cell.default
-_BACKWARD: Any = torch.ops.deepops.lstm_cell_backward.default
+_OPS = torch.ops.deepops
+if hasattr(_OPS, "lstm_cell"):  # else nobody calls them
+    _PACK: Any = _OPS.lstm_pack.default
+    _FORWARD: Any = _OPS.lstm_cell.default
+    _BACKWARD: Any = _OPS.lstm_cell_backward.default
 _graph_task = torch._C._current_graph_task_id
 
 # Bytes of gate gradients that are kept before they are multiplied: enough rows for a fast product, in the cache.

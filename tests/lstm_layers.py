@@ -24,8 +24,9 @@ STOCK: dict[str, dict[str, Any]] = {
     "bidirectional": {"bidirectional": True},
     "two layers": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
 }
+LAYER_NORM = {"layer_norm": True, "layer_norm_eps": 0.1}  # smaller: norms of few, nearly equal numbers magnify errors
 VARIANTS: dict[str, dict[str, Any]] = {
-    "layer norm": {"layer_norm": True},
+    "layer norm": LAYER_NORM,
     "peephole": {"peephole": True},
     "zoneout": {"zoneout": 0.3},
     "zoneout of c": {"zoneout": (0.0, 0.4)},
@@ -35,8 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 COMBINED: dict[str, dict[str, Any]] = {
     "all": {
-        "layer_norm": True,
-        "layer_norm_eps": 1e-3,
+        **LAYER_NORM,
         "peephole": True,
         "zoneout": (0.2, 0.3),
         "variational_dropout": 0.2,
@@ -45,8 +45,8 @@ COMBINED: dict[str, dict[str, Any]] = {
         "bidirectional": True,
         "proj_size": 2,
     },
-    "layer norm without bias": {"layer_norm": True, "bias": False, "proj_size": 2},
-    "all but masks": {"layer_norm": True, "peephole": True, "proj_size": 2, "num_layers": 2, "forget_bias": 1.0},
+    "layer norm without bias": {**LAYER_NORM, "bias": False, "proj_size": 2},
+    "all but masks": {**LAYER_NORM, "peephole": True, "proj_size": 2, "num_layers": 2, "forget_bias": 1.0},
 }
 LAYERS = STOCK | VARIANTS | COMBINED
 CELLS = {name: options for name, options in (STOCK | VARIANTS).items() if name in ("plain", "no bias", *VARIANTS)}
@@ -163,12 +163,12 @@ def random_grads(lstm: LSTM, steps: int, batch: int) -> list[Tensor]:
 
 
 def add_to_pools(pools: dict[str, ErrorPool], lstm: LSTM, x: Tensor, lengths: Tensor | None, name: str) -> None:
-    """Compare ``lstm`` with stock (or the formulas in its dtype) and the oracle."""
+    """Compare ``lstm`` with stock (torch's LSTM, or torch's operations in the same dtype) and the oracle."""
     steps, batch = x.shape[:2]
     hx, grads, seed = initial_states(lstm, batch), random_grads(lstm, steps, batch), 12345
     parameters = dict(lstm.named_parameters())
     actual = differentiate(call(lstm, lengths=lengths, seed=seed), x, hx, parameters, grads)
-    if lstm._is_plain() and lengths is None:
+    if lstm._is_plain() and lengths is None and x.dtype is torch.float32:  # oneDNN keeps c of 16-bit data in float32
         other = lstm.to_module()
         stock = differentiate(call(other), x, hx, dict(other.named_parameters()), grads)
     else:
@@ -200,7 +200,7 @@ def choose_clip(lstm: LSTM, x: Tensor) -> None:
         seen.append(tensor.flatten())
         return clamp(tensor, *limits)
 
-    for candidate in torch.linspace(0.2, 0.7, 20).tolist():
+    for candidate in torch.linspace(0.2, 0.7, 50).tolist():
         lstm.cell_clip = candidate
         seen.clear()
         with mock.patch.object(Tensor, "clamp", spy):
