@@ -139,8 +139,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _sequence_mask(seed: Tensor, stream: int, like: Tensor, p: float) -> Tensor:
     """0 with probability ``p``, else ``1 / (1 - p)``, for each element of ``like``, [B, N]; the same for all steps."""
-    dropped = reference.random_mask(seed, stream, 0, like.size(0), like.size(1), p)
-    return torch.where(dropped, 0.0, 1 / (1 - p) if p < 1 else 0.0).to(like.dtype)
+    kept = ~reference.random_mask(seed, stream, 0, like.size(0), like.size(1), p)
+    return kept.to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def _plain(
@@ -290,7 +290,7 @@ def _backward(ctx: Any, grads_of_states: Sequence[Grad]) -> list[Grad]:
         of_r = grad_gates if weights.weight_ln_hh is None else grad_r
         grads["weight_hh"] = _recurrent_weight_grad(of_r.to(dtype), h, h0, hidden_mask, lengths, ctx.settings[0])
     if needs["weight_hr"]:
-        grads["weight_hr"] = grad_out.flatten(0, 1).to(dtype).t() @ out.flatten(0, 1).to(dtype)
+        grads["weight_hr"] = _over_rows(grad_out.flatten(0, 1).to(dtype), out.flatten(0, 1).to(dtype))
     if weights.weight_ln_ih is not None:
         wanted = [needs["x"] or needs["weight_ih"], needs["weight_ln_ih"], False]
         scale = weights.weight_ln_ih.to(dtype)
@@ -298,7 +298,7 @@ def _backward(ctx: Any, grads_of_states: Sequence[Grad]) -> list[Grad]:
             rows, a.to(dtype), [rows.size(1)], mean, invstd, scale, None, wanted
         )
     if needs["weight_ih"]:
-        grads["weight_ih"] = rows.t() @ x.reshape(-1, x.size(2)).to(dtype)
+        grads["weight_ih"] = _over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
     if needs["x"]:
         grads["x"] = (rows @ weights.weight_ih.to(dtype)).view_as(x)
     return [grads[name].to(x.dtype) if needed else None for name, needed in needs.items()]  # type: ignore[union-attr]
@@ -327,19 +327,30 @@ def _recurrent_weight_grad(
         else:  # a sequence begins at its last step
             at = (lengths - 1).clamp(0, grad_r.size(0) - 1)
             first = grad_r.gather(0, at[None, :, None].expand(1, -1, grad_r.size(2)))[0]
-    grad = first.t() @ h0.to(grad_r.dtype)
+    grad = _over_rows(first, h0.to(grad_r.dtype))
     if later.size(0) == 0:
         return grad
-    return torch.addmm(grad, later.flatten(0, 1).t(), before.flatten(0, 1).to(grad_r.dtype))
+    return grad.add_(_over_rows(later.flatten(0, 1), before.flatten(0, 1).to(grad_r.dtype)))
+
+
+def _over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T b`` of many rows, contiguous.
+
+    With up to 8 columns of ``b`` MKL adds up all rows in one chain: the transposed product is 4 to 10 times closer to
+    the exact one (2,000 and 32,000 rows).
+    """
+    return a.t() @ b if b.size(1) > 8 or a.size(1) <= 8 else (b.t() @ a).t().contiguous()
 
 
 def _differentiable_backward(ctx: Any, grads_of_states: Sequence[Grad]) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
-    x, h0, c0, *rest = ctx.saved_tensors
-    mask, lengths, seed = rest[10:13]
-    states = _plain(x, h0, c0, Weights(*rest[:10]), mask, lengths, seed, ctx.settings)
+    saved = ctx.saved_tensors
+    mask, lengths, seed = saved[13:16]
+    # Aliases: the history of one input may lead to another, and what comes that way is for others to add.
+    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:13]]
+    x, h0, c0, *weights = inputs
+    states = _plain(x, h0, c0, Weights(*weights), mask, lengths, seed, ctx.settings)
     pairs = [(state, grad) for state, grad in zip(states, grads_of_states, strict=True) if grad is not None]
-    inputs = [x, h0, c0, *rest[:10]]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
     outputs, grads_of_outputs = zip(*pairs, strict=True)
     found = torch.autograd.grad(

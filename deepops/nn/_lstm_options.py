@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import init
 
 from deepops._lstm import Variant, Weights
-from deepops._lstm_checks import Pair, _is_number, as_variant
+from deepops._lstm_checks import Pair, Seed, _is_number, as_variant, checked_seed
 
 LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 
@@ -86,6 +86,12 @@ class LSTMOptions(nn.Module):
                 for name in names
             )
         )
+
+    def _seed(self, seed: Seed, device: torch.device) -> Tensor | None:
+        """The seed of the masks of a call; None where nothing is random."""
+        random = self.training and self._variant.is_random()
+        checked = checked_seed(seed, device) if random or seed is not None else None
+        return checked if random else None
 
     def _is_plain(self) -> bool:
         """Whether this is the LSTM that torch has."""

@@ -14,7 +14,7 @@ from deepops._checks import autocast_enabled, check_data
 from deepops._explain import kernel_note
 from deepops._library import has_kernel
 from deepops._lstm import Weights, _choice, lstm_layer
-from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths, checked_seed, derived_seed
+from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths, derived_seed
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
 
@@ -181,7 +181,7 @@ class LSTM(LSTMOptions, nn.LSTM):
         path = _choice(data, plain, recorded)
         if path == "torch":
             return cast("tuple[Any, ...]", super().forward(input, hx))
-        run = _Run(self, data, path == "kernel", seed)
+        run = _Run(self, path == "kernel", seed)
         if packed is not None:
             if lengths is not None:
                 raise ValueError("lengths: expected None beside a PackedSequence, which has its own")
@@ -273,19 +273,16 @@ class LSTM(LSTMOptions, nn.LSTM):
 class _Run:
     """One forward through all layers: what it needs beside its tensors."""
 
-    def __init__(self, lstm: LSTM, data: Tensor, kernel: bool, seed: Seed) -> None:
-        """``data``: the input, for its device."""
-        self.lstm, self.kernel = lstm, kernel
-        random = lstm.training and lstm._variant.is_random()
-        self.seed = checked_seed(seed, data.device) if random or seed is not None else None
-        if not random:
-            self.seed = None
+    def __init__(self, lstm: LSTM, kernel: bool, seed: Seed) -> None:
+        """Nothing is drawn yet."""
+        self.lstm, self.kernel, self.seed = lstm, kernel, seed
 
     def __call__(
         self, x: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, packed_lengths: Tensor | None = None
     ) -> tuple[Tensor, Hidden, tuple[Tensor, ...]]:
         """Output [T, B, D * R], ``(h_n, c_n)``, and all h and all c where they are wanted."""
         lstm = self.lstm
+        seed = lstm._seed(self.seed, x.device)
         dtype, h_dtype, c_dtype = self._dtypes(x, packed_lengths is not None)
         if dtype is not None:
             x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
@@ -306,7 +303,7 @@ class _Run:
                     lstm._variant,
                     reverse=direction == 1,
                     lengths=lengths,
-                    seed=None if self.seed is None else derived_seed(self.seed, number),
+                    seed=None if seed is None else derived_seed(seed, number),
                     kernel=self.kernel,
                 )
                 results.append(states)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepops._checks import autocast_enabled, check_data
+from deepops._checks import autocast_enabled, check_data, transforms_active
 from deepops._explain import kernel_note
 from deepops._library import has_kernel
 from deepops._lstm import Weights, _choice, lstm_layer
-from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_seed
+from deepops._lstm_cell import CellCache
+from deepops._lstm_cell import step as one_step
+from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Hidden = tuple[Tensor, Tensor]
+
+_KERNEL_ON = {device: has_kernel("lstm_cell", device) for device in ("cpu", "cuda")}
 
 
 class LSTMCell(LSTMOptions, nn.LSTMCell):
@@ -74,6 +78,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             cell_clip,
         )
         self._weight_names = self._add_parameters("", device, dtype)
+        self._cache = CellCache()
         self._reset_options()
 
     def reset_parameters(self) -> None:
@@ -116,6 +121,8 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             ValueError: wrong rank, a negative step, no seed with ``variational_dropout`` in training.
             RuntimeError: a wrong number of features, states of a wrong shape: as torch.
         """
+        if (state := self._usual(input, hx)) is not None:
+            return state
         plain, recorded = self._is_plain(), is_recorded(input)
         if plain and recorded:
             return super().forward(input, hx)
@@ -133,28 +140,55 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         x = input if batched else input.unsqueeze(0)
         weights = self._named_weights(self._weight_names)
         h, c = self._states(x, hx, weights, batched)
+        drops = max(self._variant.input_dropout, self._variant.hidden_dropout) > 0
+        if seed is None and drops and self.training:
+            raise ValueError("seed: expected one for all steps of a sequence with variational_dropout, got None")
         autocast = autocast_enabled(x)
         if autocast:
             x, h, c, weights = _to_one_dtype(x, h, c, weights)
-        h_n, c_n = lstm_layer(
-            x.unsqueeze(0),
-            h,
-            c,
-            weights,
-            self._variant,
-            seed=self._seed(seed, x),
-            first_step=step,
-            kernel=path == "kernel",
-        )[2:]
+        masks = self._seed(seed, x.device)
+        if path == "kernel" and self._has_op() and _KERNEL_ON.get(x.device.type) and not torch.compiler.is_compiling():
+            h_n, c_n = one_step(x, h, c, self._cache.get(*weights[:4], weights.weight_peephole, self.cell_clip))
+        else:
+            options: Any = {"seed": masks, "first_step": step, "kernel": path == "kernel"}
+            h_n, c_n = lstm_layer(x.unsqueeze(0), h, c, weights, self._variant, **options)[2:]
         return (h_n, c_n) if batched else (h_n.squeeze(0), c_n.squeeze(0))
 
-    def _seed(self, seed: Seed, x: Tensor) -> Tensor | None:
-        """The seed of the masks; None where there are none."""
-        random = self.training and self._variant.is_random()
-        if seed is None and random and max(self._variant.input_dropout, self._variant.hidden_dropout) > 0:
-            raise ValueError("seed: expected one for all steps of a sequence with variational_dropout, got None")
-        checked = checked_seed(seed, x.device) if random or seed is not None else None
-        return checked if random else None
+    def _has_op(self) -> bool:
+        """Whether what the cell computes is the op of a single step."""
+        return not (self.layer_norm or self._variant.is_random())
+
+    def _usual(self, x: Tensor, hx: Hidden | None) -> Hidden | None:
+        """The usual case, in one look: the step by its op, of tensors that need no conversion. None: look closer."""
+        if (
+            torch.compiler.is_compiling()
+            or not isinstance(x, Tensor)
+            or not _KERNEL_ON.get(x.device.type)
+            or torch._C._is_tracing()
+            or not self._has_op()
+            or transforms_active()
+            or autocast_enabled(x)
+        ):
+            return None
+        parameters, hidden = self._parameters, self.hidden_size
+        weight, recurrent = parameters.get("weight_ih"), parameters.get("weight_hh")
+        if weight is None or recurrent is None or x.dtype is not weight.dtype or weight.device != x.device:
+            return None
+        if x.dim() != 2 or x.size(1) != self.input_size or not x.size(0) or x.layout is not torch.strided:
+            return None
+        if hx is None:
+            h = c = x.new_zeros(x.size(0), hidden)
+        else:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h, c = hx
+            for state in (h, c):
+                if not isinstance(state, Tensor) or state.shape != (x.size(0), hidden) or state.dtype is not x.dtype:
+                    return None
+                if state.device != x.device or state.layout is not torch.strided:
+                    return None
+        vectors = (parameters.get("bias_ih"), parameters.get("bias_hh"), parameters.get("weight_peephole"))
+        return one_step(x, h, c, self._cache.get(weight, recurrent, *vectors, self.cell_clip))
 
     def _states(self, x: Tensor, hx: Hidden | None, weights: Weights, batched: bool) -> Hidden:
         """``hx`` or zeros, for x of [B, I]. Raise, in torch's words, unless sizes fit."""
