@@ -200,7 +200,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             raise ValueError(f"input: expected device {weight.device}, where the parameters are, got {x.device}")
         if hx is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)
-            return zeros, zeros
+            return zeros, zeros.clone() if torch.compiler.is_compiling() else zeros  # which takes no tensor twice
         states = as_pair(hx)
         for i, state in enumerate(states):
             if state.dim() not in (1, 2):
@@ -222,10 +222,10 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
 
     def _explain(self) -> str:
         device = self._named_weights(self._weight_names).weight_ih.device.type
-        if has_kernel("lstm_sequence", device):
-            return f"fused: one op: {kernel_note('lstm_sequence', device)}"
-        what = "torch's own cell" if self._is_plain() else "in Python"
-        return f"not fused, {what}: {kernel_note('lstm_sequence', device)}"
+        if _KERNEL_ON.get(device):
+            return f"fused: one op: {kernel_note('lstm_cell', device)}"
+        what = "torch's own cell" if self._is_plain() else "plain PyTorch"
+        return f"not fused, {what}: there is no kernel for {device}"
 
 
 def _to_one_dtype(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Weights]:
