@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -35,6 +36,7 @@ if has_kernel("lstm_cell", "cpu"):
     _BACKWARD = torch.ops.deepops.lstm_cell_backward.default
 _graph_task = torch._C._current_graph_task_id
 _is_grad_enabled = torch.is_grad_enabled
+_one_token = Lock()
 
 # Bytes of gate gradients that wait for their products with inputs and states: rows enough for fast ones, few enough for
 # the cache.
@@ -90,8 +92,9 @@ class CellWeights:
 
     def token(self) -> Grad:
         """The input that leads autograd from a step to the weights; None if they need no gradient."""
-        if self._token is None and self.requires_grad:
-            self._token = _Collect.apply(self.running, *self.tensors)  # type: ignore[no-untyped-call]
+        with _one_token:  # the steps of two threads must not lead to two of them
+            if self._token is None and self.requires_grad:
+                self._token = _Collect.apply(self.running, *self.tensors)  # type: ignore[no-untyped-call]
         return self._token
 
     def gathered(self) -> _Gathered:
@@ -100,10 +103,11 @@ class CellWeights:
         gathered = self.running.get(task)
         if gathered is None:
             assert self._token is not None
-            wanted = torch._C._will_engine_execute_node(self._token.grad_fn)  # type: ignore[attr-defined]
+            assert self._token.grad_fn is not None
+            wanted = torch._C._will_engine_execute_node(self._token.grad_fn)
             gathered = self.running[task] = _Gathered(self, wanted)
             # The engine keeps it until this backward has ended, in whatever way; nobody else does.
-            torch.autograd.Variable._execution_engine.queue_callback(gathered.end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(gathered.end)
         return gathered
 
     def check(self, weight_ih: bool, weight_hh: bool) -> None:
@@ -259,7 +263,7 @@ class _Gathered:
                 self.sums[2 + i].add_(small[i])
 
     def _one(self, parts: Sequence[Tensor]) -> Tensor:
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
+        return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(self.dtype)
 
     def gradients(self) -> list[Grad]:
         """Those of all tensors of ``CellWeights``, summed over the steps; None where nothing came."""
@@ -284,9 +288,9 @@ def _differentiable_backward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: 
     to the same weights, and its part is for others to add.
     """
     weights = ctx.weights
-    aliases: list[Grad] = [None if t is None else t.view_as(t) for t in (x, h, c, *weights.tensors)]
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, h, c, *weights.tensors)]
     with _no_autocast(x):
-        states = _plain_step(*aliases, weights.cell_clip, weights.dtype)  # type: ignore[misc]
+        states = _plain_step(weights.cell_clip, weights.dtype, *aliases)
         given = [(state, grad) for state, grad in zip(states, (grad_h, grad_c), strict=True) if grad is not None]
         wanted = {i: t for i, t in enumerate(aliases) if t is not None and t.requires_grad}
         found = torch.autograd.grad(
@@ -305,6 +309,8 @@ def _differentiable_backward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: 
 
 
 def _plain_step(
+    cell_clip: float | None,
+    dtype: torch.dtype,
     x: Tensor,
     h: Tensor,
     c: Tensor,
@@ -313,8 +319,6 @@ def _plain_step(
     bias_ih: Grad,
     bias_hh: Grad,
     peephole: Grad,
-    cell_clip: float | None,
-    dtype: torch.dtype,
 ) -> State:
     """``step`` in plain PyTorch."""
     gates = F.linear(x, weight_ih.to(dtype), None if bias_ih is None else bias_ih.to(dtype))
