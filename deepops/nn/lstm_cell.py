@@ -12,7 +12,6 @@ from deepops._explain import kernel_note
 from deepops._library import has_kernel
 from deepops._lstm import Weights, _choice, lstm_layer
 from deepops._lstm_cell import CellCache
-from deepops._lstm_cell import step as one_step
 from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
@@ -148,7 +147,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             x, h, c, weights = _to_one_dtype(x, h, c, weights)
         masks = self._seed(seed, x.device)
         if path == "kernel" and self._has_op() and _KERNEL_ON.get(x.device.type) and not torch.compiler.is_compiling():
-            h_n, c_n = one_step(x, h, c, self._cache.get(*weights[:4], weights.weight_peephole, self.cell_clip))
+            h_n, c_n = self._cache.step(x, h, c, (*weights[:4], weights.weight_peephole), self.cell_clip)
         else:
             options: Any = {"seed": masks, "first_step": step, "kernel": path == "kernel"}
             h_n, c_n = lstm_layer(x.unsqueeze(0), h, c, weights, self._variant, **options)[2:]
@@ -188,7 +187,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
                 if state.device != x.device or state.layout is not torch.strided:
                     return None
         vectors = (parameters.get("bias_ih"), parameters.get("bias_hh"), parameters.get("weight_peephole"))
-        return one_step(x, h, c, self._cache.get(weight, recurrent, *vectors, self.cell_clip))
+        return self._cache.step(x, h, c, (weight, recurrent, *vectors), self.cell_clip)
 
     def _states(self, x: Tensor, hx: Hidden | None, weights: Weights, batched: bool) -> Hidden:
         """``hx`` or zeros, for x of [B, I]. Raise, in torch's words, unless sizes fit."""
@@ -201,7 +200,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             raise ValueError(f"input: expected device {weight.device}, where the parameters are, got {x.device}")
         if hx is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)
-            return zeros, zeros
+            return zeros, zeros.clone() if torch.compiler.is_compiling() else zeros  # which takes no tensor twice
         states = as_pair(hx)
         for i, state in enumerate(states):
             if state.dim() not in (1, 2):
@@ -223,10 +222,10 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
 
     def _explain(self) -> str:
         device = self._named_weights(self._weight_names).weight_ih.device.type
-        if has_kernel("lstm_sequence", device):
-            return f"fused: one op: {kernel_note('lstm_sequence', device)}"
-        what = "torch's own cell" if self._is_plain() else "in Python"
-        return f"not fused, {what}: {kernel_note('lstm_sequence', device)}"
+        if _KERNEL_ON.get(device):
+            return f"fused: one op: {kernel_note('lstm_cell', device)}"
+        what = "torch's own cell" if self._is_plain() else "plain PyTorch"
+        return f"not fused, {what}: there is no kernel for {device}"
 
 
 def _to_one_dtype(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Weights]:
