@@ -78,9 +78,9 @@ struct BackwardUnits {
   Units<T, V> i, f, g, o, c_before;
   unsigned dropped;
   LstmPeephole<Units<T, V>> peephole;
-  A cell[V], shown[V];     // the new cell; the gradient of what tanh saw
-  A grad_c[V], grad_h[V];  // of the state after the step
-  LstmGates<A> sums[V];    // gradients of the gates' sums; o: known before the others
+  A cell[V], shown[V];       // the new cell; the gradient of what tanh saw
+  A later_c[V], later_h[V];  // gradients of the state after the step; of h in the end what goes past it
+  LstmGates<A> sums[V];      // gradients of the gates' sums; o: known before the others
   A to_c_before[V];
 };
 
@@ -102,16 +102,16 @@ DEEPOPS_DEVICE BackwardUnits<T, V> open_cell(const BackwardStep<T>& step, int ro
   const T* const later = state.ends ? step.grad_c_n : step.grad_c0;
   const Units<T, V> grad_later = load_if<V>(later, at);
 #pragma unroll
-  for (int i = 0; i < V; ++i) units.grad_h[i] = 0;
-  if (!step.projects) step.state.template at<V>(at, state.ends, units.grad_h);
+  for (int i = 0; i < V; ++i) units.later_h[i] = 0;
+  if (!step.projects) step.state.template at<V>(at, state.ends, units.later_h);
   units.dropped = step.draws.template bits<V>(kStreamRecurrentDropout, step.draws.recurrent_dropout, row, unit);
   const bool zones_h = !step.projects && step.formula.zoneout_h > 0;
   const unsigned stays_h = step.draws.template bits<V>(kStreamZoneoutH, zones_h ? step.draws.zoneout_h : 0, row, unit);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    units.grad_c[i] = grad_c.at(i) + grad_later.at(i);
-    units.grad_h[i] += grad_out.at(i);
-    A grad = units.grad_h[i];
+    units.later_c[i] = grad_c.at(i) + grad_later.at(i);
+    units.later_h[i] += grad_out.at(i);
+    A grad = units.later_h[i];
     if (zones_h) grad = lstm_zoneout_now(step.formula, step.formula.zoneout_h, stays<A>(stays_h, i), grad);
     const LstmGates<A> gates{units.i.at(i), units.f.at(i), units.g.at(i), units.o.at(i)};
     const A g = lstm_dropped(step.formula, gates.g, kept<A>(step.draws, units.dropped, i));
@@ -120,7 +120,7 @@ DEEPOPS_DEVICE BackwardUnits<T, V> open_cell(const BackwardStep<T>& step, int ro
     units.sums[i].o = out.o;
     units.shown[i] = out.shown;
     if (zones_h) {
-      units.grad_h[i] = lstm_zoneout_old(step.formula, step.formula.zoneout_h, stays<A>(stays_h, i), units.grad_h[i]);
+      units.later_h[i] = lstm_zoneout_old(step.formula, step.formula.zoneout_h, stays<A>(stays_h, i), units.later_h[i]);
     }
   }
   return units;
@@ -137,10 +137,10 @@ DEEPOPS_DEVICE void close_cell(const BackwardStep<T>& step, int row, int unit, B
   for (int i = 0; i < V; ++i) {
     const LstmGates<A> gates{units.i.at(i), units.f.at(i), units.g.at(i), units.o.at(i)};
     const LstmPeephole<A> peephole = peephole_at(units.peephole, i);
-    A now = units.grad_c[i], old = 0;
+    A now = units.later_c[i], old = 0;
     if (zones_c) {
-      now = lstm_zoneout_now(step.formula, step.formula.zoneout_c, stays<A>(stays_c, i), units.grad_c[i]);
-      old = lstm_zoneout_old(step.formula, step.formula.zoneout_c, stays<A>(stays_c, i), units.grad_c[i]);
+      now = lstm_zoneout_now(step.formula, step.formula.zoneout_c, stays<A>(stays_c, i), units.later_c[i]);
+      old = lstm_zoneout_old(step.formula, step.formula.zoneout_c, stays<A>(stays_c, i), units.later_c[i]);
     }
     A grad_cell = cell_grad(i) + now;
     if (step.formula.peephole) grad_cell += units.sums[i].o * peephole.o;
@@ -165,7 +165,7 @@ DEEPOPS_DEVICE void put_gradients(const BackwardStep<T>& step, int row, int unit
     g_sum.set(i, units.sums[i].g);
     o_sum.set(i, units.sums[i].o);
     before.set(i, units.to_c_before[i]);
-    past.set(i, units.grad_h[i]);
+    past.set(i, units.later_h[i]);
   }
   store(step.grad_gates + step.gate_at(row, 0, unit), i_sum);
   store(step.grad_gates + step.gate_at(row, 1, unit), f_sum);
