@@ -66,8 +66,10 @@ struct BackwardStep {
     return (int64_t(row) * 4 + gate) * place.hidden + unit;
   }
   DEEPOPS_DEVICE int64_t at(int row, int unit) const { return int64_t(row) * place.hidden + unit; }
-  DEEPOPS_DEVICE int64_t sum_at(int which, int64_t at) const {
-    return int64_t(which) * place.batch * place.hidden + at;
+  template <int V>
+  DEEPOPS_DEVICE void add(A* sums, int which, int row, int unit, const A (&term)[V]) const {
+    const int64_t first = (int64_t(which) * place.batch + row) * place.hidden;
+    Sums<A, V>::add(sums + first, place.hidden, unit, adds, term);
   }
 };
 
@@ -181,9 +183,9 @@ DEEPOPS_DEVICE void put_gradients(const BackwardStep<T>& step, int row, int unit
     f_term[i] = units.sums[i].f * units.c_before.at(i);
     o_term[i] = units.sums[i].o * units.cell[i];
   }
-  add(step.peephole_sums + step.sum_at(0, at), step.adds, i_term);
-  add(step.peephole_sums + step.sum_at(1, at), step.adds, f_term);
-  add(step.peephole_sums + step.sum_at(2, at), step.adds, o_term);
+  step.add(step.peephole_sums, 0, row, unit, i_term);
+  step.add(step.peephole_sums, 1, row, unit, f_term);
+  step.add(step.peephole_sums, 2, row, unit, o_term);
 }
 
 // Units of a row that has no such step.
@@ -202,8 +204,8 @@ DEEPOPS_DEVICE void pass_over(const BackwardStep<T>& step, int row, int unit, co
   const OpMath<T> nothing[V] = {};
 #pragma unroll 1
   for (int which = 0; which < 6; ++which) {
-    if (step.peephole_sums && which < 3) add(step.peephole_sums + step.sum_at(which, at), false, nothing);
-    if (step.norm_sums) add(step.norm_sums + step.sum_at(which, at), false, nothing);
+    if (step.peephole_sums && which < 3) step.add(step.peephole_sums, which, row, unit, nothing);
+    if (step.norm_sums) step.add(step.norm_sums, which, row, unit, nothing);
   }
 }
 
@@ -269,7 +271,6 @@ template <class T, int V>
 DEEPOPS_DEVICE void put_norm_gradients(const BackwardStep<T>& step, int row, int unit, const BackwardUnits<T, V>& units,
                                        const NormRow<T, V>& norm, const NormGradient<OpMath<T>>& of_r) {
   using A = OpMath<T>;
-  const int64_t at = step.at(row, unit);
   A term[V];
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) {
@@ -281,12 +282,12 @@ DEEPOPS_DEVICE void put_norm_gradients(const BackwardStep<T>& step, int row, int
       term[i] = grad * norm.normal(gate, i);
     }
     store(step.grad_r + step.gate_at(row, gate, unit), grad_r);
-    add(step.norm_sums + step.sum_at(gate, at), step.adds, term);
+    step.add(step.norm_sums, gate, row, unit, term);
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) term[i] = units.shown[i] * norm.normal_cell(units.cell[i]);
-  add(step.norm_sums + step.sum_at(4, at), step.adds, term);
-  add(step.norm_sums + step.sum_at(5, at), step.adds, units.shown);
+  step.add(step.norm_sums, 4, row, unit, term);
+  step.add(step.norm_sums, 5, row, unit, units.shown);
 }
 
 template <class T, int V>
@@ -352,26 +353,27 @@ lstm_backward_norm(BackwardStep<T> step) {
 
 // ---- what else there is ---------------------------------------------------------------------------------------------
 
-// to[part][column] = the sum of from[part][row][column] over the rows: a warp takes 32 columns of every eighth row.
+// to[part][unit] = the sum of from[part][row][place of unit]: a warp takes 32 units of every eighth row. pack, parts:
+// of Sums.
 template <class A>
 DEEPOPS_KERNEL(kRowThreads, 1)
-lstm_column_sums(const A* from, int rows, int columns, A* to) {
+lstm_column_sums(const A* from, int rows, int size, int pack, int parts, A* to) {
   constexpr int kWarps = kRowThreads / gpu::kWarp;
   DEEPOPS_SHARED(double, memory, kRowThreads);
-  const int tiles = (columns + gpu::kWarp - 1) / gpu::kWarp;
-  const int part = gpu::block() / tiles, column = gpu::block() % tiles * gpu::kWarp + gpu::lane();
+  const int tiles = (size + gpu::kWarp - 1) / gpu::kWarp;
+  const int which = gpu::block() / tiles, unit = gpu::block() % tiles * gpu::kWarp + gpu::lane();
   double sum = 0;
-  if (column < columns) {
+  if (unit < size) {
+    const A* const column = from + int64_t(which) * rows * size + place_of_sum(unit, size, pack, parts);
 #pragma unroll 4
-    for (int row = gpu::warp(); row < rows; row += kWarps)
-      sum += double(gpu::load(from + (int64_t(part) * rows + row) * columns + column));
+    for (int row = gpu::warp(); row < rows; row += kWarps) sum += double(gpu::load(column + int64_t(row) * size));
   }
   memory.store(gpu::thread(), sum);
   gpu::barrier();
-  if (gpu::warp() != 0 || column >= columns) return;
+  if (gpu::warp() != 0 || unit >= size) return;
 #pragma unroll
   for (int warp = 1; warp < kWarps; ++warp) sum += memory.load(warp * gpu::kWarp + gpu::lane());
-  gpu::store(to + int64_t(part) * columns + column, A(sum));
+  gpu::store(to + int64_t(which) * size + unit, A(sum));
 }
 
 }  // namespace deepops::isa_gpu::lstm

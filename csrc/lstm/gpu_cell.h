@@ -121,7 +121,7 @@ void cell_gradients(const LstmShape& p, const OptionalTensor& grad_h, const Opti
                               {step.grad_out, step.grad_c, step.grad_c0, step.gates, step.c0, step.peephole,
                                step.grad_gates, step.peephole_sums});
   launch_backward(step, packs, false, stream);
-  if (p.peephole) launch_column_sums(input<A>(sums), 3, p.batch, p.hidden, output<A>(grad_peephole), stream);
+  if (p.peephole) launch_column_sums<T>(input<A>(sums), 3, p, packs, output<A>(grad_peephole), stream);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward(OptionalTensor grad_h, OptionalTensor grad_c,

@@ -102,11 +102,13 @@ void launch_state(const StateStep<T>& step, gpu::Stream stream) {
   gpu::launch("lstm_state", lstm_state<T>, up(chunks, kFlatThreads), kFlatThreads, stream, step);
 }
 
-// Gradients of `parts` small weights [hidden] from what the steps have summed, [parts, B, H].
-template <class A>
-void launch_column_sums(const A* sums, int64_t parts, int64_t batch, int64_t hidden, A* to, gpu::Stream stream) {
-  gpu::launch("lstm_column_sums", lstm_column_sums<A>, parts * up(hidden, gpu::kWarp), kRowThreads, stream, sums,
-              int(batch), int(hidden), to);
+// Gradients of `count` small weights [H] from what the steps have summed, [count, B, H]. packs: as in the steps.
+template <class T>
+void launch_column_sums(const OpMath<T>* sums, int64_t count, const LstmShape& p, bool packs, OpMath<T>* to,
+                        gpu::Stream stream) {
+  using Packed = Sums<OpMath<T>, gpu::Pack<T>::kSize>;
+  gpu::launch("lstm_column_sums", lstm_column_sums<OpMath<T>>, count * up(p.hidden, gpu::kWarp), kRowThreads, stream,
+              sums, int(p.batch), int(p.hidden), packs ? Packed::kPack : 1, packs ? Packed::kParts : 1, to);
 }
 
 }  // namespace deepops::isa_gpu::lstm

@@ -121,6 +121,10 @@ void Forward::run(gpu::Stream stream) const {
   const Tensor operand = matrix_if(has_operand(), p.batch, p.state, a.c0);
   const Tensor product = matrix_if(!save || !p.normalizes, p.batch, p.gates(), a.c0);
   const Tensor projected = matrix_if(p.projects && !save, p.batch, p.hidden, a.c0);
+  const bool packs =
+      on_packs(p.hidden, sizeof(T),
+               {input<T>(gates_x), input<T>(h0), input<T>(a.c0), input<T>(a.weight_peephole), input<T>(a.hidden_mask),
+                input<T>(a.weight_ln_hh), input<T>(a.weight_ln_c), input<T>(a.bias_ln_c)});
   const Tensor weight_hh = transposed(a.weight_hh);
   const Tensor weight_hr = p.projects ? transposed(*a.weight_hr) : weight_hh;
   if (has_operand()) launch_state(state_of<T>(StateWork::open, p.step(0), -1, operand), stream);
@@ -135,10 +139,6 @@ void Forward::run(gpu::Stream stream) const {
     ForwardStep<T> step = step_of<T>(t, before, operand);
     step.product = input<T>(r_now);
     if (p.projects) step.h = output<T>(out_now);
-    const bool packs =
-        on_packs(p.hidden, sizeof(T),
-                 {step.gates_x, step.product, step.h0, step.c0, step.peephole, step.mask, step.weight_hh, step.weight_c,
-                  step.bias_c, step.gates, step.h, step.c, step.next, step.h_n, step.c_n});
     launch_forward(step, packs, p.normalizes, stream);
     if (!p.projects) continue;
     gpu::multiply(view(h, t * p.batch * p.state, p.batch, p.state), out_now, weight_hr);
@@ -285,6 +285,11 @@ StateStep<T> Backward::state_of(StateWork work, int64_t t, bool first) const {
 template <class T>
 void Backward::run(gpu::Stream stream) const {
   using A = OpMath<T>;
+  const bool packs =
+      on_packs(p.hidden, sizeof(T),
+               {input<T>(grad_h), input<T>(grad_c), input<T>(grad_h_n), input<T>(grad_c_n), input<T>(gates),
+                input<T>(c), input<T>(r), input<T>(a.c0), input<T>(a.weight_peephole), input<T>(a.weight_ln_hh),
+                input<T>(a.weight_ln_c), input<T>(a.bias_ln_c), input<T>(a.hidden_mask)});
   for (int64_t n = p.steps - 1; n >= 0; --n) {
     const int64_t t = p.step(n), before = n == 0 ? -1 : p.step(n - 1);
     const bool first = n == p.steps - 1;
@@ -293,18 +298,13 @@ void Backward::run(gpu::Stream stream) const {
       gpu::multiply(projected, view(grad_out, t * p.batch * p.state, p.batch, p.state), *a.weight_hr);
     }
     const BackwardStep<T> step = step_of<T>(t, before, first);
-    const StateGradient<T>& s = step.state;
-    const bool packs = on_packs(p.hidden, sizeof(T),
-                                {step.grad_out, s.product, s.mask, s.h_n, s.old, s.h0, step.grad_c, step.grad_c_n,
-                                 step.grad_c0, step.gates, step.c_before, step.c0, step.peephole, step.product,
-                                 step.weight_hh, step.weight_c, step.bias_c, step.grad_gates, step.grad_r});
     launch_backward(step, packs, p.normalizes, stream);
     gpu::multiply(product, view(p.normalizes ? grad_r : grad_gates, t * p.batch * p.gates(), p.batch, p.gates()),
                   a.weight_hh);
   }
   launch_state(state_of<T>(StateWork::close, p.reverse ? p.steps : -1, false), stream);
-  const auto finish = [&](const Tensor& from, int64_t first, int64_t parts, const Tensor& to) {
-    launch_column_sums(input<A>(from) + first * p.batch * p.hidden, parts, p.batch, p.hidden, output<A>(to), stream);
+  const auto finish = [&](const Tensor& from, int64_t first, int64_t count, const Tensor& to) {
+    launch_column_sums<T>(input<A>(from) + first * p.batch * p.hidden, count, p, packs, output<A>(to), stream);
   };
   if (p.peephole) finish(peephole_sums, 0, 3, grad_peephole);
   if (!p.normalizes) return;

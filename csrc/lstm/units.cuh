@@ -42,17 +42,29 @@ DEEPOPS_DEVICE void store(T* p, const Units<T, V>& units, gpu::Here here = DEEPO
   }
 }
 
-// *p += term, or *p = term: sums are of wider type than the data, V of them one or several packs.
+// Sums that stay from step to step are of wider type than the data: of a chunk of V units they are kParts packs, which
+// lie `size / kParts` apart in a row of `size`, so that neighbouring threads access neighbouring packs.
 template <class A, int V>
-DEEPOPS_DEVICE void add(A* p, bool adds, const A (&term)[V], gpu::Here here = DEEPOPS_HERE) {
-  constexpr int kPack = V == 1 ? 1 : gpu::Pack<A>::kSize;
+struct Sums {
+  static constexpr int kPack = V == 1 ? 1 : gpu::Pack<A>::kSize;
+  static constexpr int kParts = V / kPack;
+  // row: the first of its sums. They become term, or grow by it.
+  DEEPOPS_DEVICE static void add(A* row, int size, int unit, bool adds, const A (&term)[V],
+                                 gpu::Here here = DEEPOPS_HERE) {
 #pragma unroll
-  for (int first = 0; first < V; first += kPack) {
-    Units<A, kPack> sum = load_if<kPack>(adds ? p : nullptr, first, here);
+    for (int part = 0; part < kParts; ++part) {
+      A* const p = row + part * (size / kParts) + unit / kParts;
+      Units<A, kPack> sum = load_if<kPack>(adds ? p : nullptr, 0, here);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) sum.value[i] += term[first + i];
-    store(p + first, sum, here);
+      for (int i = 0; i < kPack; ++i) sum.value[i] += term[part * kPack + i];
+      store(p, sum, here);
+    }
   }
+};
+// Where the sum of a unit lies in its row.
+DEEPOPS_DEVICE int place_of_sum(int unit, int size, int pack, int parts) {
+  const int chunk = pack * parts, part = unit % chunk / pack;
+  return part * (size / parts) + unit / chunk * pack + unit % pack;
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
