@@ -7,6 +7,8 @@
 
 #include "core/allocate.h"
 #include "core/gpu_arguments.h"
+#include "lstm/backward_norm.cuh"
+#include "lstm/forward_norm.cuh"
 #include "lstm/host.h"
 #include "lstm/state.cuh"
 
@@ -35,6 +37,17 @@ inline Tensor view(const Tensor& of, int64_t offset, int64_t rows, int64_t colum
 }
 inline Tensor transposed(const Tensor& matrix) {
   return view(matrix, 0, matrix.size(1), matrix.size(0), 1, matrix.size(1));
+}
+
+// Results [T, B, size], uninitialised; of nothing where they are not wanted.
+inline Tensor sequence(bool wanted, const LstmShape& p, int64_t size, const Tensor& like) {
+  if (!wanted) return core::empty_vector(0, like.scalar_type(), like);
+  const int64_t sizes[] = {p.steps, p.batch, size}, strides[] = {p.batch * size, size, 1};
+  return core::empty({sizes, 3}, {strides, 3}, like);
+}
+// In the type of sums.
+inline Tensor sums_sequence(bool wanted, const LstmShape& p, int64_t size, const Tensor& like) {
+  return sequence(wanted, p, size, core::empty_vector(0, core::opmath_scalar_type(p.dtype), like));
 }
 
 // p + offset, null for null.

@@ -112,11 +112,10 @@ struct Draws {
 #pragma unroll 1
     for (int group = 0; group < (V + 3) / 4; ++group) {
       const LstmWords words = lstm_random_words(key, uint32_t(column / 4 + group), uint32_t(row), step, stream);
+      unsigned four = 0;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int i = group * 4 + w - column % 4;
-        if (i >= 0 && i < V && lstm_happens(words.word[w], threshold)) bits |= 1u << i;
-      }
+      for (int w = 0; w < 4; ++w) four |= unsigned(lstm_happens(words.word[w], threshold)) << w;
+      bits |= V >= 4 ? four << (4 * group) : four >> (column % 4) & ((1u << V) - 1);
     }
     return bits;
   }
