@@ -20,12 +20,15 @@
 #include "core/dtype.h"
 
 #ifdef DEEPOPS_SIMT
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <cmath>
 
 #include "simt/simt.h"
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
@@ -244,6 +247,15 @@ inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Te
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(device.get(), host.get(), 1));
 }
 
+// out = a b and out += a b for matrices, by torch (cuBLAS), in the order of torch's current stream.
+inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+}
+inline void multiply_add(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                         const torch::stable::Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+}
+
 // STABLE_TORCH_LIBRARY_IMPL of the GPU kernels.
 #define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops, CUDA, m)
 
@@ -378,6 +390,14 @@ inline torch::stable::Tensor host_bytes(int64_t bytes) {
 }
 inline void copy_in(const torch::stable::Tensor& device, const torch::stable::Tensor& host) {
   ::simt::copy_in(device.data_ptr(), host.data_ptr(), size_t(host.numel()));
+}
+
+inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+inline void multiply_add(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                         const torch::stable::Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
 }
 
 #define DEEPOPS_GPU_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deepops_simt, CPU, m)

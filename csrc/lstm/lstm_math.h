@@ -15,10 +15,13 @@ namespace deepops::DEEPOPS_ISA {
 
 // ---- sigmoid and tanh -----------------------------------------------------------------------------------------------
 
-// a * b + c; fused in CPU kernels of instruction sets that have it: fewer roundings, fewer instructions.
+// a * b + c; fused on GPUs, and in CPU kernels of instruction sets that have it: fewer roundings, fewer instructions.
+#ifdef DEEPOPS_GPU
+DEEPOPS_HD float lstm_multiply_add(float a, float b, float c) { return DEEPOPS_LIBM(fmaf)(a, b, c); }
+DEEPOPS_HD double lstm_multiply_add(double a, double b, double c) { return DEEPOPS_LIBM(fma)(a, b, c); }
+#else
 DEEPOPS_HD float lstm_multiply_add(float a, float b, float c) { return a * b + c; }
 DEEPOPS_HD double lstm_multiply_add(double a, double b, double c) { return a * b + c; }
-#ifndef DEEPOPS_GPU
 template <class S>
 Lanes<S> lstm_multiply_add(const Lanes<S>& a, const Lanes<S>& b, const Lanes<S>& c) {
   return fma(a, b, c);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import backends
 import bn_cases
 import bn_sync
 import depthwise_cases
+import lstm_cases
+import lstm_cell_cases
 import optim_cases
 import step_cases
 from step_cases import BF16, F16, F32, F64
@@ -96,6 +99,38 @@ def depthwise_bn_act() -> int:
     return 12
 
 
+def lstm() -> int:
+    """Every option, whole packs and none, layer norm of more units than a block has threads; cells."""
+    count = 0
+    for (_, options), (dtype, hidden) in product(lstm_cases.VARIANTS.items(), ((F32, 8), (F64, 3), (F16, 16))):
+        compare_lstm(lstm_cases.make_case(3, 3, hidden, dtype, **options), lstm_cases.op_results)
+        count += 1
+    for options in ({"layer_norm": True, "projection": True, "peephole": True}, {"projection": True, "lengths": True}):
+        for hidden in (12, 259):
+            case = lstm_cases.make_case(2, 2, hidden, zoneout_h=0.3, hidden_dropout=0.2, **options)
+            compare_lstm(case, lstm_cases.op_results)
+            count += 1
+    for dtype, hidden in product((F32, BF16), (3, 16)):
+        compare_lstm(lstm_cell_cases.make_case(3, 5, hidden, dtype, peephole=True), lstm_cell_cases.op_results)
+        count += 1
+    return count
+
+
+def compare_lstm(case: Any, run: Callable[[Any], dict[str, torch.Tensor]]) -> None:
+    def typed(case: Any) -> Any:  # in 16-bit cases gates_x has another type on the CPU
+        if not isinstance(case, lstm_cases.Case):
+            return case
+        return replace(case, gates_x=case.gates_x.to(lstm_cases.gates_dtype(case.h0.dtype)))
+
+    backends.current = "cpu"
+    expected = run(typed(case))
+    backends.current = "simt"
+    actual = run(typed(case))
+    tolerance = {F64: 1e-9, F32: 1e-3}.get(next(iter(expected.values())).dtype, 1e-1)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
 def adam() -> int:
     """Steps of tensors of one, of many and of no work items, aligned and askew, all dtypes in one launch."""
     options = optim_cases.OPTIONS[:4]
@@ -164,7 +199,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act, on_chip, batch_in_parts, depthwise_bn_act):
+    for cases in (adam, optimizers, clip, batch_norm_act, on_chip, batch_in_parts, depthwise_bn_act, lstm):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested

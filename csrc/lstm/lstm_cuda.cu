@@ -1,0 +1,102 @@
+// The LSTM ops on CUDA: checks, registration.
+//
+// A step is the recurrent product by torch and one pointwise kernel; with a projection its product too and, where h is
+// not final then, one more kernel. The loop allocates nothing on the device and reads nothing from it: a graph can
+// capture it.
+#include "core/gpu.cuh"
+// after gpu.cuh
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "lstm/gpu_backward.h"
+#include "lstm/gpu_cell.h"
+#include "lstm/gpu_forward.h"
+
+namespace deepops::isa_gpu::lstm {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sequence_forward(
+    Tensor gates_x, Tensor h0, Tensor c0, Tensor weight_hh, OptionalTensor weight_hr, OptionalTensor weight_peephole,
+    OptionalTensor weight_ln_hh, OptionalTensor weight_ln_c, OptionalTensor bias_ln_c, OptionalTensor hidden_mask,
+    OptionalTensor lengths, OptionalTensor seed, bool reverse, std::optional<double> cell_clip, double layer_norm_eps,
+    double zoneout_h, double zoneout_c, double recurrent_dropout, int64_t first_step, bool save, bool all_c) {
+  constexpr const char* kOp = "lstm_sequence";
+  const LstmArguments a{
+      c0,   weight_hh, weight_hr, weight_peephole, weight_ln_hh, weight_ln_c, bias_ln_c,         hidden_mask, lengths,
+      seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
+  const LstmShape p = lstm_shape_of(gates_x, a, kOp);
+  STD_TORCH_CHECK(gpu::on_gpu(c0), kOp, ": c0 must be on the GPU");
+  check_dense(gates_x, {p.steps, p.batch, p.gates()}, c0.scalar_type(), c0, kOp, "gates_x");
+  check_dense(h0, {p.batch, p.state}, c0.scalar_type(), c0, kOp, "h0");
+  check_size(p.batch, std::max(p.hidden, p.state), kOp);
+  const gpu::Device device(c0);
+  Forward call(p, a, gates_x, h0, save, all_c);
+  if (p.steps == 0) {
+    torch::stable::copy_(call.h_n, h0);
+    torch::stable::copy_(call.c_n, c0);
+  } else if (p.batch > 0) {
+    DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { call.run<T>(device.stream()); })
+  }
+  return {call.h, call.c, call.h_n, call.c_n, call.gates, call.out, call.r, call.stats};
+}
+
+// What came for the last state, or 0.
+void copy_or_zero(Tensor& to, const OptionalTensor& from) {
+  if (from.has_value()) {
+    torch::stable::copy_(to, *from);
+  } else {
+    torch::stable::zero_(to);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sequence_backward(
+    OptionalTensor grad_h, OptionalTensor grad_c, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor gates,
+    Tensor c, Tensor r, Tensor stats, Tensor c0, Tensor weight_hh, OptionalTensor weight_hr,
+    OptionalTensor weight_peephole, OptionalTensor weight_ln_hh, OptionalTensor weight_ln_c, OptionalTensor bias_ln_c,
+    OptionalTensor hidden_mask, OptionalTensor lengths, OptionalTensor seed, bool reverse,
+    std::optional<double> cell_clip, double layer_norm_eps, double zoneout_h, double zoneout_c,
+    double recurrent_dropout, int64_t first_step) {
+  constexpr const char* kOp = "lstm_sequence_backward";
+  const LstmArguments a{
+      c0,   weight_hh, weight_hr, weight_peephole, weight_ln_hh, weight_ln_c, bias_ln_c,         hidden_mask, lengths,
+      seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
+  const LstmShape p = lstm_shape_of(gates, a, kOp);
+  const ScalarType type = c0.scalar_type();
+  STD_TORCH_CHECK(gpu::on_gpu(c0), kOp, ": c0 must be on the GPU");
+  check_dense(gates, {p.steps, p.batch, p.gates()}, type, c0, kOp, "gates");
+  check_dense(c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "c");
+  check_dense(grad_h, {p.steps, p.batch, p.state}, type, c0, kOp, "grad_h");
+  check_dense(grad_c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "grad_c");
+  check_dense(grad_h_n, {p.batch, p.state}, type, c0, kOp, "grad_h_n");
+  check_dense(grad_c_n, {p.batch, p.hidden}, type, c0, kOp, "grad_c_n");
+  if (p.normalizes) {
+    check_dense(r, {p.steps, p.batch, p.gates()}, type, c0, kOp, "r");
+    check_dense(stats, {p.steps, p.batch, 4}, core::opmath_scalar_type(p.dtype), c0, kOp, "stats");
+  }
+  check_size(p.batch, std::max(p.hidden, p.state), kOp);
+  const gpu::Device device(c0);
+  Backward call(p, a, grad_h, grad_c, grad_h_n, grad_c_n, gates, c, r, stats);
+  if (p.steps > 0 && p.batch > 0) {
+    DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class T>() { call.run<T>(device.stream()); })
+  } else {
+    call.clear();
+    copy_or_zero(call.grad_h0, grad_h_n);
+    copy_or_zero(call.grad_c0, grad_c_n);
+  }
+  return {call.grad_gates,    call.grad_r,     call.grad_out,  call.grad_h0,       call.grad_c0,
+          call.grad_peephole, call.grad_ln_hh, call.grad_ln_c, call.grad_bias_ln_c};
+}
+
+}  // namespace
+}  // namespace deepops::isa_gpu::lstm
+
+DEEPOPS_GPU_LIBRARY_IMPL(m) {
+  m.impl("lstm_sequence", TORCH_BOX(&deepops::isa_gpu::lstm::sequence_forward));
+  m.impl("lstm_sequence_backward", TORCH_BOX(&deepops::isa_gpu::lstm::sequence_backward));
+  m.impl("lstm_pack", TORCH_BOX(&deepops::isa_gpu::lstm::pack));
+  m.impl("lstm_cell", TORCH_BOX(&deepops::isa_gpu::lstm::cell));
+  m.impl("lstm_cell_backward", TORCH_BOX(&deepops::isa_gpu::lstm::cell_backward));
+}
