@@ -43,19 +43,20 @@ struct Unit {
   LstmPeephole<V> peephole;
 };
 
-template <class D>
-class Backward {
+template <class D, bool plain>
+class Backward : HasVariants<plain> {
+  using HasVariants<plain>::v;
   using S = OpMath<D>;
   using V = Lanes<S>;
 
  public:
   Backward(const LstmShape& shape, const LstmBackward& args, int64_t begin, int64_t end)
-      : p(shape),
+      : HasVariants<plain>(shape),
+        p(shape),
         a(args),
         small(shape),
         begin_(begin * shape.rows_per_group()),
-        end_(least(end * shape.rows_per_group(), shape.batch)),
-        keeps_old_(shape.zoneout_h > 0 || shape.has_lengths) {}
+        end_(least(end * shape.rows_per_group(), shape.batch)) {}
 
   void run() {
     for (int64_t row = begin_; row < end_; ++row) {
@@ -81,8 +82,10 @@ class Backward {
                  size - at);
   }
 
+  // Whether grad_state has something for the step before that does not pass through this one.
+  bool keeps_old() const { return v.zones_h || v.has_lengths; }
   int64_t at(int64_t t, int64_t row) const { return t * p.batch + row; }
-  bool runs(int64_t t, int64_t row) const { return !p.has_lengths || t < a.lengths[row]; }
+  bool runs(int64_t t, int64_t row) const { return !v.has_lengths || t < a.lengths[row]; }
   S* grad_state(int64_t row) const { return static_cast<S*>(a.grad_state) + row * p.state_stride(); }
   S* grad_cell(int64_t row) const { return static_cast<S*>(a.grad_cell) + row * p.hidden_stride(); }
   S* row_out(int64_t row) const { return static_cast<S*>(a.row_out) + row * p.hidden_stride(); }
@@ -94,12 +97,12 @@ class Backward {
   const S* stats(int64_t t, int64_t row) const { return static_cast<const S*>(a.stats) + at(t, row) * 4; }
 
   void step(int64_t t, bool first) {
-    if (p.projects) project(t);
+    if (v.projects) project(t);
     for (int64_t row = begin_; row < end_; ++row) {
       if (!runs(t, row)) {
         for (int64_t gate = 0; gate < p.gates(); ++gate) grad_gates(t, row)[gate] = 0;
-        for (int64_t gate = 0; p.normalizes && gate < p.gates(); ++gate) grad_r(t, row)[gate] = 0;
-      } else if (p.normalizes) {
+        for (int64_t gate = 0; v.normalizes && gate < p.gates(); ++gate) grad_r(t, row)[gate] = 0;
+      } else if (v.normalizes) {
         normalized_cell(t, row, first);
         normalized_sums(t, row);
       } else {
@@ -120,12 +123,12 @@ class Backward {
     if (!runs(t, row)) return V(S(0));
     if (a.grad_h)
       grad = grad + load_part(static_cast<const D*>(a.grad_h) + at(t, row) * p.state + column, p.state - column);
-    if (p.zoneout_h > 0) {
+    if (v.zones_h) {
       const V stays = lstm_stays<S>(p, a.seed, kStreamZoneoutH, p.zoneout_h, t, row, column);
-      store_lanes(state, lstm_zoneout_old(p, p.zoneout_h, stays, grad));
-      return lstm_zoneout_now(p, p.zoneout_h, stays, grad);
+      store_lanes(state, lstm_zoneout_old(v, p.zoneout_h, stays, grad));
+      return lstm_zoneout_now(v, p.zoneout_h, stays, grad);
     }
-    if (keeps_old_) store_lanes(state, V(S(0)));
+    if (keeps_old()) store_lanes(state, V(S(0)));
     return grad;
   }
 
@@ -146,23 +149,24 @@ class Backward {
   }
 
   V out_at(int64_t t, int64_t row, int64_t unit) const {
-    return p.projects ? load_lanes(row_out(row) + unit) : head(t, row, unit);
+    return v.projects ? load_lanes(row_out(row) + unit) : head(t, row, unit);
   }
 
   Unit<V> unit_at(int64_t t, int64_t row, int64_t unit, bool first) const {
     const int64_t valid = p.hidden - unit;
     const D* const gates = static_cast<const D*>(a.gates) + at(t, row) * p.gates() + unit;
-    const bool begins = first || (p.has_lengths && p.reverse && t == a.lengths[row] - 1);
+    const bool begins = first || (v.has_lengths && p.reverse && t == a.lengths[row] - 1);
     const D* const c_before = begins ? static_cast<const D*>(a.c0) + row * p.hidden
                                      : static_cast<const D*>(a.c) + at(p.reverse ? t + 1 : t - 1, row) * p.hidden;
     Unit<V> u;
     u.gates = {load_part(gates, valid), load_part(gates + p.hidden, valid), load_part(gates + 2 * p.hidden, valid),
                load_part(gates + 3 * p.hidden, valid)};
     u.c_before = load_part(c_before + unit, valid);
-    u.kept = lstm_kept<S>(p, a.seed, t, row, unit);
-    const V g = lstm_dropped(p, u.gates.g, u.kept);
-    u.cell = lstm_new_cell(p, lstm_unclipped(u.gates, g, u.c_before), Rounded<D>());
-    u.peephole = peephole_at<S>(p, a.weights.peephole, unit);
+    u.kept = v.drops ? lstm_kept<S>(p, a.seed, t, row, unit) : V(S(1));
+    const V g = lstm_dropped(v, u.gates.g, u.kept);
+    u.cell = lstm_new_cell(v, lstm_unclipped(u.gates, g, u.c_before), Rounded<D>());
+    u.peephole = {S(0), S(0), S(0)};
+    if (v.peephole) u.peephole = peephole_at<S>(p, a.weights.peephole, unit);
     return u;
   }
 
@@ -172,21 +176,21 @@ class Backward {
     S* const state = grad_cell(row) + unit;
     V cell = load_lanes(state), old(S(0));
     if (a.grad_c) cell = cell + load_part(static_cast<const D*>(a.grad_c) + at(t, row) * p.hidden + unit, valid);
-    if (p.zoneout_c > 0) {
+    if (v.zones_c) {
       const V stays = lstm_stays<S>(p, a.seed, kStreamZoneoutC, p.zoneout_c, t, row, unit);
-      old = lstm_zoneout_old(p, p.zoneout_c, stays, cell);
-      cell = lstm_zoneout_now(p, p.zoneout_c, stays, cell);
+      old = lstm_zoneout_old(v, p.zoneout_c, stays, cell);
+      cell = lstm_zoneout_now(v, p.zoneout_c, stays, cell);
     }
     cell = cell + shown;
-    if (p.peephole) cell = cell + o * u.peephole.o;
-    const LstmStepGradients<V> grads = lstm_step_gradients(p, cell, o, u.gates, u.kept, u.peephole, u.c_before);
-    store_lanes(state, p.zoneout_c > 0 ? grads.c_before + old : grads.c_before);
+    if (v.peephole) cell = cell + o * u.peephole.o;
+    const LstmStepGradients<V> grads = lstm_step_gradients(v, cell, o, u.gates, u.kept, u.peephole, u.c_before);
+    store_lanes(state, v.zones_c ? grads.c_before + old : grads.c_before);
     S* const to = grad_gates(t, row) + unit;
     store_part(to, grads.sums.i, valid);
     store_part(to + p.hidden, grads.sums.f, valid);
     store_part(to + 2 * p.hidden, grads.sums.g, valid);
     store_part(to + 3 * p.hidden, grads.sums.o, valid);
-    if (p.peephole) {
+    if (v.peephole) {
       const int64_t stride = p.hidden_stride();
       add_small(row, small.peephole + unit, grads.sums.i * u.c_before);
       add_small(row, small.peephole + stride + unit, grads.sums.f * u.c_before);
@@ -253,16 +257,16 @@ class Backward {
     for (int64_t begin = 0; begin < p.state; begin += kPanel) {
       const S* const panel = static_cast<const S*>(a.weights.gates) + begin * p.gates();
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {
-        const S* const grads = p.normalizes ? grad_r(t, first) : grad_gates(t, first);
+        const S* const grads = v.normalizes ? grad_r(t, first) : grad_gates(t, first);
         multiply(grads, p.gates(), rows, p.gates(), panel, sums.value, false);
         for (int64_t r = 0; r < rows; ++r)
           for (int lane = 0; lane < least(kPanel, p.state - begin); lane += kLanes) {
             const int64_t column = begin + lane, row = first + r;
             V grad = load_lanes(sums.value + r * kPanel + lane);
-            if (p.masks_hidden)
+            if (v.masks_hidden)
               grad = grad * load_part(static_cast<const D*>(a.hidden_mask) + row * p.state + column, p.state - column);
             S* const state = grad_state(row) + column;
-            store_lanes(state, keeps_old_ ? grad + load_lanes(state) : grad);
+            store_lanes(state, keeps_old() ? grad + load_lanes(state) : grad);
           }
       });
     }
@@ -272,13 +276,14 @@ class Backward {
   const LstmBackward& a;
   const LstmSmall small;
   const int64_t begin_, end_;
-  const bool keeps_old_;
 };
 
 }  // namespace
 
 void lstm_backward(const LstmShape& p, const LstmBackward& args, int64_t begin, int64_t end) {
-  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() { Backward<D>(p, args, begin, end).run(); })
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
+    is_plain(p) ? Backward<D, true>(p, args, begin, end).run() : Backward<D, false>(p, args, begin, end).run();
+  })
 }
 
 }  // namespace deepops::DEEPOPS_ISA

@@ -66,14 +66,15 @@ void pack_backward(const LstmShape& p, const LstmRawWeights& raw, const LstmWeig
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 // The steps of the sequences [begin, end).
-template <class D>
-class Forward {
+template <class D, bool plain>
+class Forward : HasVariants<plain> {
+  using HasVariants<plain>::v;
   using S = OpMath<D>;
   using V = Lanes<S>;
 
  public:
   Forward(const LstmShape& shape, const LstmForward& args, int64_t begin, int64_t end)
-      : p(shape), a(args), begin_(begin), end_(end) {
+      : HasVariants<plain>(shape), p(shape), a(args), begin_(begin), end_(end) {
     now_ = static_cast<S*>(a.operand);
     next_ = now_ + p.batch * p.state_stride();
   }
@@ -90,16 +91,16 @@ class Forward {
   }
 
  private:
-  S* h_state() const { return p.masks_hidden ? static_cast<S*>(a.h_state) : now_; }
+  S* h_state() const { return v.masks_hidden ? static_cast<S*>(a.h_state) : now_; }
   S* c_state(int64_t row) const { return static_cast<S*>(a.c_state) + row * p.hidden_stride(); }
   S* row_out(int64_t row) const { return static_cast<S*>(a.row_out) + row * p.hidden_stride(); }
   S* row_cell(int64_t row) const { return static_cast<S*>(a.row_cell) + row * p.hidden_stride(); }
   S* row_gates(int64_t row) const { return static_cast<S*>(a.row_gates) + row * kGates * p.hidden_stride(); }
   int64_t at(int64_t t, int64_t row) const { return t * p.batch + row; }
-  bool runs(int64_t t, int64_t row) const { return !p.has_lengths || t < a.lengths[row]; }
+  bool runs(int64_t t, int64_t row) const { return !v.has_lengths || t < a.lengths[row]; }
 
   V masked(const V& h, int64_t row, int64_t column) const {
-    if (!p.masks_hidden) return h;
+    if (!v.masks_hidden) return h;
     return h * load_part(static_cast<const D*>(a.hidden_mask) + row * p.state + column, p.state - column);
   }
 
@@ -107,7 +108,7 @@ class Forward {
     for (int64_t row = begin_; row < end_; ++row) {
       for (int64_t column = 0; column < p.state; column += kLanes) {
         const V h = load_part(static_cast<const D*>(a.h0) + row * p.state + column, p.state - column);
-        if (p.masks_hidden) store_lanes(static_cast<S*>(a.h_state) + row * p.state_stride() + column, h);
+        if (v.masks_hidden) store_lanes(static_cast<S*>(a.h_state) + row * p.state_stride() + column, h);
         store_lanes(now_ + row * p.state_stride() + column, masked(h, row, column));
       }
       for (int64_t unit = 0; unit < p.hidden; unit += kLanes)
@@ -131,18 +132,26 @@ class Forward {
     for (int64_t unit = 0; unit < p.hidden; unit += kLanes) {
       const S* const panel = static_cast<const S*>(a.weights.gates) + unit * kGates * p.state;
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r) fetch(t, first + r, unit);
         multiply(now_ + first * p.state_stride(), p.state_stride(), rows, p.state, panel, sums.value, false);
         for (int64_t r = 0; r < rows; ++r) take(t, first + r, unit, sums.value + r * kPanel);
       });
     }
-    if (p.normalizes)
+    if (v.normalizes)
       for (int64_t row = begin_; row < end_; ++row) normalized(t, row);
-    if (p.projects) project(t);
+    if (v.projects) project(t);
+  }
+
+  // What `open` will read of 16 units, fetched during the product: too far apart for the hardware to see what is next.
+  void fetch(int64_t t, int64_t row, int64_t unit) const {
+    const int64_t from = at(t, row) * p.gates() + unit;
+    for (int gate = 0; gate < kGates; ++gate)
+      __builtin_prefetch(static_cast<const S*>(a.gates_x) + from + gate * p.hidden);
   }
 
   // r of 16 units: i, f, g, o.
   void take(int64_t t, int64_t row, int64_t unit, const S* r) {
-    if (p.normalizes) {
+    if (v.normalizes) {
       for (int lane = 0; lane < kPanel; lane += kLanes)
         store_lanes(row_gates(row) + unit * kGates + lane, load_lanes(r + lane));
       return;
@@ -162,12 +171,13 @@ class Forward {
     sums.g = load_part(x + 2 * p.hidden, valid) + sums.g;
     sums.o = load_part(x + 3 * p.hidden, valid) + sums.o;
     const Rounded<D> round;
-    const LstmPeephole<V> peephole = peephole_at<S>(p, a.weights.peephole, unit);
+    const LstmPeephole<V> none{S(0), S(0), S(0)};
+    const LstmPeephole<V> peephole = v.peephole ? peephole_at<S>(p, a.weights.peephole, unit) : none;
     const V c_before = load_lanes(c_state(row) + unit);
-    const LstmGates<V> gates = lstm_gates(p, sums, peephole, c_before, round);
-    const V g = lstm_dropped(p, gates.g, lstm_kept<S>(p, a.seed, t, row, unit));
-    const V cell = lstm_new_cell(p, lstm_unclipped(gates, g, c_before), round);
-    o = lstm_output_gate(p, gates.o, peephole, cell, round);
+    const LstmGates<V> gates = lstm_gates(v, sums, peephole, c_before, round);
+    const V g = lstm_dropped(v, gates.g, v.drops ? lstm_kept<S>(p, a.seed, t, row, unit) : V(S(1)));
+    const V cell = lstm_new_cell(v, lstm_unclipped(gates, g, c_before), round);
+    o = lstm_output_gate(v, gates.o, peephole, cell, round);
     if (a.gates) {
       D* const to = static_cast<D*>(a.gates) + at(t, row) * p.gates() + unit;
       store_part(to, gates.i, valid);
@@ -183,9 +193,9 @@ class Forward {
     const Rounded<D> round;
     V c = cell;
     S* const state = c_state(row) + unit;
-    if (p.zoneout_c > 0) {
+    if (v.zones_c) {
       const V stays = lstm_stays<S>(p, a.seed, kStreamZoneoutC, p.zoneout_c, t, row, unit);
-      c = round(lstm_zoneout(p, p.zoneout_c, stays, load_lanes(state), cell));
+      c = round(lstm_zoneout(v, p.zoneout_c, stays, load_lanes(state), cell));
     }
     if (runs(t, row)) {
       store_lanes(state, c);
@@ -194,7 +204,7 @@ class Forward {
     }
     if (a.c) store_part(static_cast<D*>(a.c) + at(t, row) * p.hidden + unit, c, p.hidden - unit);
     const V out = round(o * lstm_tanh(shown));
-    if (!p.projects) return keep(t, row, unit, out);
+    if (!v.projects) return keep(t, row, unit, out);
     store_lanes(row_out(row) + unit, out);
     if (a.out) store_part(static_cast<D*>(a.out) + at(t, row) * p.hidden + unit, out, p.hidden - unit);
   }
@@ -202,9 +212,9 @@ class Forward {
   // h of 16 columns: zoneout, the end of a sequence, what the next step will read.
   void keep(int64_t t, int64_t row, int64_t column, V h) {
     S* const state = h_state() + row * p.state_stride() + column;
-    if (p.zoneout_h > 0) {
+    if (v.zones_h) {
       const V stays = lstm_stays<S>(p, a.seed, kStreamZoneoutH, p.zoneout_h, t, row, column);
-      h = lstm_zoneout(p, p.zoneout_h, stays, load_lanes(state), h);
+      h = lstm_zoneout(v, p.zoneout_h, stays, load_lanes(state), h);
     }
     h = Rounded<D>()(h);
     V shown = h;
@@ -213,7 +223,7 @@ class Forward {
       shown = V(S(0));
     }
     store_part(static_cast<D*>(a.h) + at(t, row) * p.state + column, shown, p.state - column);
-    if (p.masks_hidden) store_lanes(state, h);
+    if (v.masks_hidden) store_lanes(state, h);
     store_lanes(next_ + row * p.state_stride() + column, masked(h, row, column));
   }
 
@@ -287,7 +297,9 @@ void pack_backward_any(const LstmShape& p, const LstmRawWeights& raw, const Lstm
 }
 
 void forward_any(const LstmShape& p, const LstmForward& args, int64_t begin, int64_t end) {
-  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() { Forward<D>(p, args, begin, end).run(); })
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
+    is_plain(p) ? Forward<D, true>(p, args, begin, end).run() : Forward<D, false>(p, args, begin, end).run();
+  })
 }
 
 }  // namespace

@@ -43,6 +43,27 @@ struct Rounded {
   }
 };
 
+// The variants of a call. A kernel exists twice: where `plain` says that nothing is set, a constant says it too, and
+// the compiler leaves out all of them.
+struct LstmVariants : LstmFormula {
+  bool projects, normalizes, masks_hidden, has_lengths, zones_h, zones_c;
+};
+template <bool plain>
+struct HasVariants {
+  const LstmVariants v;
+  explicit HasVariants(const LstmShape& p)
+      : v{p, p.projects, p.normalizes, p.masks_hidden, p.has_lengths, p.zoneout_h > 0, p.zoneout_c > 0} {}
+};
+template <>
+struct HasVariants<true> {
+  static constexpr LstmVariants v{};
+  explicit HasVariants(const LstmShape&) {}
+};
+inline bool is_plain(const LstmShape& p) {
+  return !(p.peephole || p.clips || p.drops || p.projects || p.normalizes || p.masks_hidden || p.has_lengths ||
+           p.zoneout_h > 0 || p.zoneout_c > 0);
+}
+
 // 1 where the random word of a column is below the threshold, else 0; 16 columns from `column` on, a multiple of 16.
 template <class S>
 Lanes<S> lstm_draws(uint64_t seed, LstmStream stream, int64_t step, int64_t row, int64_t column, double p) {
@@ -58,7 +79,6 @@ Lanes<S> lstm_draws(uint64_t seed, LstmStream stream, int64_t step, int64_t row,
 // What recurrent dropout multiplies g with.
 template <class S>
 Lanes<S> lstm_kept(const LstmShape& p, uint64_t seed, int64_t t, int64_t row, int64_t unit) {
-  if (!p.drops) return Lanes<S>(S(1));
   const double rate = p.recurrent_dropout;
   const Lanes<S> dropped = lstm_draws<S>(seed, kStreamRecurrentDropout, p.first_step + t, row, unit, rate);
   return (Lanes<S>(S(1)) - dropped) * Lanes<S>(S(rate < 1 ? 1 / (1 - rate) : 0));
@@ -96,7 +116,6 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // One unit block's p_i, p_f, p_o.
 template <class S>
 LstmPeephole<Lanes<S>> peephole_at(const LstmShape& p, const void* weights, int64_t unit) {
-  if (!p.peephole) return {S(0), S(0), S(0)};
   const S* const at = static_cast<const S*>(weights) + unit;
   return {load_lanes(at), load_lanes(at + p.hidden_stride()), load_lanes(at + 2 * p.hidden_stride())};
 }
