@@ -6,6 +6,7 @@ torch 2.13; ``torch.compile`` traces through it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +101,7 @@ class BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
         x, kept, weight, bias, mean, invstd = ctx.saved_tensors
         training, _, _, activation, negative_slope = ctx.options
-        need_x, need_residual, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = differentiable_backward(ctx, grad_y)
         else:
@@ -120,17 +121,17 @@ class BatchNormAct(torch.autograd.Function):
                 need_residual,
                 need_weight or need_bias,
             )
-        return (
-            grads[0] if need_x else None,
-            grads[1] if need_residual else None,
-            grads[2] if need_weight else None,
-            grads[3] if need_bias else None,
-            torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None,
-            *_NO_GRADS,
-        )
+        return grads_of_arguments(ctx, grads, mean)
 
 
-_NO_GRADS = (None,) * 4  # of statistics and options
+def grads_of_arguments(ctx: Any, grads: Sequence[Grad], mean: Tensor) -> tuple[Grad, ...]:
+    """What a backward returns: those of ``grads`` that are wanted, for the first four arguments, 0 for ``shift``.
+
+    The arguments after these five are statistics and options, without gradients.
+    """
+    first_four = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]
+    shift = torch.zeros_like(mean, dtype=ctx.shift_dtype) if ctx.needs_input_grad[4] else None
+    return (*first_four, shift, *(None,) * (len(ctx.needs_input_grad) - 5))
 
 
 def laid_out_as(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -189,11 +190,16 @@ def differentiable_backward(ctx: Any, grad_y: Tensor, process_group: ProcessGrou
         grad_residual = grad_y * derivative
     elif activation == "identity":  # which keeps no residual
         grad_residual = grad_y
-    inputs = [x, residual, weight, bias]
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(z, [inputs[i] for i in wanted], grad_y, create_graph=True) if wanted else ()
-    grads: list[Grad] = [None] * 4
-    grads[1] = grad_residual
+    grads = differentiate(ctx, z, [x, residual, weight, bias], grad_y)
+    grads[1] = grad_residual if grad_residual is not None else grads[1]
+    return grads
+
+
+def differentiate(ctx: Any, y: Tensor, inputs: Sequence[Grad], grad_y: Tensor) -> list[Grad]:
+    """Gradients of the first arguments, ``inputs``, where they are wanted, which can be differentiated again."""
+    wanted = {i: tensor for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]}
+    found = torch.autograd.grad(y, list(wanted.values()), grad_y, create_graph=True) if wanted else ()
+    grads: list[Grad] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return grads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,25 @@ def per_dimension(value: Size, weight: Tensor) -> tuple[int, ...]:
     """``value`` for each spatial dimension of ``weight`` (``[K, C / groups, ...]``)."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * (weight.dim() - 2) if len(values) == 1 else values
+
+
+def padding_of(padding: str, weight: Tensor, dilation: Size) -> list[int]:
+    """Zeros before and after each spatial dimension for ``"same"`` and ``"valid"``; an odd one more comes after."""
+    totals = [d * (k - 1) for d, k in zip(per_dimension(dilation, weight), weight.shape[2:], strict=True)]
+    return [side if padding == "same" else 0 for total in totals for side in (total // 2, total - total // 2)]
+
+
+def output_sizes(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Spatial sizes of a convolution's result. ``padding``: before and after each dimension."""
+    rooms = (
+        size + before + after - d * (k - 1)
+        for size, before, after, d, k in zip(
+            x.shape[2:], padding[::2], padding[1::2], dilation, weight.shape[2:], strict=True
+        )
+    )
+    return [(room - 1) // step + 1 for room, step in zip(rooms, stride, strict=True)]
 
 
 def convolution(
@@ -59,15 +78,13 @@ def _half_convolution(
 
 def pad_explicitly(x: Tensor, weight: Tensor, padding: str, dilation: Size) -> tuple[Tensor, tuple[int, ...]]:
     """Turn ``"same"`` or ``"valid"`` into numbers; pads ``x`` itself where the two sides differ."""
-    none = (0,) * (weight.dim() - 2)
-    if padding == "valid":
-        return x, none
-    totals = [d * (k - 1) for d, k in zip(per_dimension(dilation, weight), weight.shape[2:], strict=True)]
-    if all(total % 2 == 0 for total in totals):
-        return x, tuple(total // 2 for total in totals)
-    # F.pad takes the last dimension first; torch puts the odd one at the end.
-    sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    return F.pad(x, sides), none
+    sides = padding_of(padding, weight, dilation)
+    before, after = tuple(sides[::2]), tuple(sides[1::2])
+    if before == after:
+        return x, before
+    # F.pad takes the last dimension first.
+    last_first = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
+    return F.pad(x, last_first), (0,) * len(before)
 
 
 class HalfConvolution(torch.autograd.Function):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from deepops import reference
+from deepops._autograd import Grad, differentiate, grads_of_arguments
 from deepops._checks import Size, autocast_enabled
-from deepops._convolution import per_dimension
+from deepops._convolution import output_sizes, padding_of, per_dimension
 from deepops._library import has_kernel
 
-Grad = Tensor | None
 # stride (y, x), padding (top, bottom, left, right), dilation (y, x)
 Geometry = tuple[list[int], list[int], list[int]]
 # geometry, momentum, eps, activation, negative_slope
@@ -50,20 +50,16 @@ def geometry_of(
     ):
         return None
     strides, dilations = [list(per_dimension(value, conv_weight)) for value in (stride, dilation)]
-    spans = [d * (k - 1) for d, k in zip(dilations, conv_weight.shape[2:], strict=True)]
-    if padding == "same":
-        pads = [side for span in spans for side in (span // 2, span - span // 2)]
-    elif isinstance(padding, str):
-        pads = [0, 0, 0, 0]
+    if isinstance(padding, str):
+        pads = padding_of(padding, conv_weight, dilation)
     else:
         pads = [side for side in per_dimension(padding, conv_weight) for _ in range(2)]
-    rooms = [size + pads[2 * i] + pads[2 * i + 1] - spans[i] for i, size in enumerate(x.shape[2:])]
-    if min(*strides, *dilations) < 1 or min(pads) < 0 or min(rooms) < 1 or min(conv_weight.shape[2:]) < 1:
+    if min(*strides, *dilations, *conv_weight.shape[2:]) < 1 or min(pads) < 0:
         return None  # torch's convolution says what is wrong
-    if padding == "same" and strides != [1, 1]:
-        return None
-    heights = [(room - 1) // step + 1 for room, step in zip(rooms, strides, strict=True)]
-    return (strides, pads, dilations) if x.size(0) * heights[0] * heights[1] > 1 else None
+    sizes = output_sizes(x, conv_weight, strides, pads, dilations)
+    if min(sizes) < 1 or x.size(0) * sizes[0] * sizes[1] == 1:
+        return None  # here too; a single value has no variance
+    return strides, pads, dilations
 
 
 def depthwise_bn_act(
@@ -119,7 +115,7 @@ class DepthwiseBatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
         x, conv_weight, weight, bias, mean, invstd = ctx.saved_tensors
         geometry, _, _, activation, negative_slope = ctx.options
-        need_x, need_conv_weight, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
+        need_x, need_conv_weight, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, grad_y)
         else:
@@ -138,14 +134,7 @@ class DepthwiseBatchNormAct(torch.autograd.Function):
                 need_conv_weight,
                 need_weight or need_bias,
             )
-        return (
-            grads[0] if need_x else None,
-            grads[1] if need_conv_weight else None,
-            grads[2] if need_weight else None,
-            grads[3] if need_bias else None,
-            torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None,
-            *(None,) * 4,  # statistics and options
-        )
+        return grads_of_arguments(ctx, grads, mean)
 
 
 def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
@@ -165,10 +154,4 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
         activation=activation,
         negative_slope=negative_slope,
     )
-    inputs = [x, conv_weight, weight, bias]
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad_y, create_graph=True) if wanted else ()
-    grads: list[Grad] = [None] * 4
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
-    return grads
+    return differentiate(ctx, y, [x, conv_weight, weight, bias], grad_y)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deepops import _fake_lstm
 from deepops._checks import statistics_dtype
+from deepops._convolution import output_sizes
 
 
 def _batch_norm_act_train(
@@ -129,10 +130,7 @@ def _depthwise_bn_act_train(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pads = (padding[0] + padding[1], padding[2] + padding[3])
-    sizes = [
-        (x.size(2 + i) + pads[i] - dilation[i] * (conv_weight.size(2 + i) - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
+    sizes = output_sizes(x, conv_weight, stride, padding, dilation)
     y = x.new_empty([x.size(0), x.size(1), *sizes]).contiguous(memory_format=torch.channels_last)
     statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
     return y, statistics, torch.empty_like(statistics)

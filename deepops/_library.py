@@ -67,6 +67,8 @@ def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``torch.ops.deepops.<op>`` has a kernel for tensors on ``device_type`` ("cpu", "cuda", ...)."""
     if "_ops" in _MISSING or (device_type == "cuda" and "_cuda" in _MISSING):
         return False
+    if not hasattr(torch.ops.deepops, op):  # the binary is older than this file
+        return False
     key = torch._C._dispatch_key_for_device(device_type)
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"deepops::{op}", key))
 

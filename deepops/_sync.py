@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepops._autograd import Grad, Options, differentiable_backward, laid_out_as, what_to_keep
+from deepops._autograd import Grad, Options, differentiable_backward, grads_of_arguments, laid_out_as, what_to_keep
 from deepops.reference._collectives import gather
 from deepops.reference.batch_norm_act import refuse_single_value
 
@@ -82,23 +82,14 @@ class SyncBatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
         x, _, _, _, mean, *_ = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grads = differentiable_backward(ctx, grad_y, ctx.group)
         else:
             grads = _backward(ctx, laid_out_as(grad_y, x))
-        return (
-            grads[0] if need_x else None,
-            grads[1] if need_residual else None,
-            grads[2] if need_weight else None,
-            grads[3] if need_bias else None,
-            torch.zeros_like(mean, dtype=ctx.shift_dtype) if need_shift else None,
-            *_NO_GRADS,
-        )
+        return grads_of_arguments(ctx, grads, mean)
 
 
 _apply: Callable[..., Tensor] = SyncBatchNormAct.apply
-_NO_GRADS = (None,) * 5  # of statistics, options and group
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> list[Grad]:

@@ -15,7 +15,7 @@ from processes import on_ranks, process_pools  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepops import functional, reference
+from deepops import _batch_norm_act, reference
 from deepops._library import has_kernel
 from deepops.functional import batch_norm_act, conv_bn_act
 
@@ -42,7 +42,7 @@ def on_path(path):
     if path == "kernel":
         assert has_kernel("batch_norm_act_statistics", "cpu")
         return contextlib.nullcontext()
-    return mock.patch.object(functional, "_kernel_applies", return_value=False)
+    return mock.patch.object(_batch_norm_act, "kernel_applies", return_value=False)
 
 
 def run(case, group, **options):

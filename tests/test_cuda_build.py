@@ -162,10 +162,10 @@ def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.mark.skipif(_library.binaries()["_ops"] != str(_library._PATHS["_ops"]), reason="_ops.so is missing")
 def test_a_cuda_tensor_without_a_kernel_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, whose CUDA device need not be there. One warning, with the cause."""
-    monkeypatch.setattr(deepops.functional, "_warned", set())
+    monkeypatch.setattr(deepops._batch_norm_act, "_warned", set())
     called = []
-    plain = deepops.functional._plain
-    monkeypatch.setattr(deepops.functional, "_plain", lambda *a, **k: called.append(1) or plain(*a, **k))
+    plain = deepops._batch_norm_act.run_plain
+    monkeypatch.setattr(deepops._batch_norm_act, "run_plain", lambda *a, **k: called.append(1) or plain(*a, **k))
     with FakeTensorMode(), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         x = torch.empty(2, 3, 4, 4, device="cuda")
@@ -192,10 +192,10 @@ def test_a_gpu_older_than_the_build_is_not_covered(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cuda_tensor_on_such_a_gpu_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    functional = deepops.functional
-    monkeypatch.setattr(functional, "_KERNEL_ON", {"cpu": True, "cuda": True})
-    monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(functional, "gpu_not_covered", lambda index: "too old")
+    dispatch, functional = deepops._batch_norm_act, deepops.functional
+    monkeypatch.setattr(dispatch, "_KERNEL_ON", {"cpu": True, "cuda": True})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "gpu_not_covered", lambda index: "too old")
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, 3, 5, 5, device="cuda")
         statistics = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")

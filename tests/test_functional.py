@@ -371,10 +371,10 @@ def test_opcheck(op: str) -> None:
 
 
 def test_unknown_device_warns_once_and_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepops.functional, "_KERNEL_ON", {"cpu": True})
-    monkeypatch.setattr(deepops.functional, "_warned", set())
+    monkeypatch.setattr(deepops._batch_norm_act, "_KERNEL_ON", {"cpu": True})
+    monkeypatch.setattr(deepops._batch_norm_act, "_warned", set())
     with pytest.warns(RuntimeWarning, match="no kernels for 'toaster'"):
-        deepops.functional._warn_once("toaster")
+        deepops._batch_norm_act._warn_once("toaster")
     arguments = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in make_arguments().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,40 +6,24 @@
 #include "lstm/cell.h"
 
 #include "lstm/packed_product.h"
-// after lanes.h, whose types the formulas are instantiated with
-#include "lstm/lstm_math.h"
+#include "lstm/rows.h"
 
 namespace deepops::DEEPOPS_ISA {
 namespace {
 
 using core::OpMath;
 
-// ---- 16 units, or those that are left -------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
+// 16 units, or those that are left.
 struct Units {
   int64_t first, count;
-  Units(const CellShape& p, int64_t block)
-      : first(block * kLanes), count(p.hidden - first < kLanes ? p.hidden - first : kLanes) {}
+  Units(const CellShape& p, int64_t block) : first(block * kLanes), count(least(p.hidden - first, kLanes)) {}
 };
 
-// `count` values, the other lanes 0.
 template <class T>
-Lanes<OpMath<T>> load_units(const T* p, int64_t count) {
-  if (count == kLanes) return load_lanes(p);
-  T values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return load_lanes(values);
-}
-template <class T>
-void store_units(T* p, int64_t count, const Lanes<OpMath<T>>& value) {
-  if (count == kLanes) return store_lanes(p, value);
-  T values[kLanes];
-  store_lanes(values, value);
-  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
-}
-template <class T>
-Lanes<OpMath<T>> load_units_or_zero(const T* p, int64_t at, int64_t count) {
-  return p ? load_units(p + at, count) : Lanes<OpMath<T>>(OpMath<T>(0));
+LanesOf<T> load_or_zero(const T* p, int64_t at, int64_t count) {
+  return p ? load_part(p + at, count) : LanesOf<T>(OpMath<T>(0));
 }
 
 template <class T>
@@ -48,35 +32,25 @@ const T* row_of(const CellRows& rows, int64_t row) {
 }
 
 template <class T>
-struct Round {
-  Lanes<OpMath<T>> operator()(const Lanes<OpMath<T>>& value) const {
-    if constexpr (sizeof(T) == sizeof(OpMath<T>)) return value;
-    T rounded[kLanes];
-    store_lanes(rounded, value);
-    return load_lanes(rounded);
-  }
-};
-
-template <class T>
-LstmPeephole<Lanes<OpMath<T>>> peephole_of(const CellShape& p, const void* weight, const Units& units) {
+LstmPeephole<LanesOf<T>> peephole_of(const CellShape& p, const void* weight, const Units& units) {
   const T* const at = static_cast<const T*>(weight);
-  return {load_units_or_zero(at, units.first, units.count), load_units_or_zero(at, p.hidden + units.first, units.count),
-          load_units_or_zero(at, 2 * p.hidden + units.first, units.count)};
+  return {load_or_zero(at, units.first, units.count), load_or_zero(at, p.hidden + units.first, units.count),
+          load_or_zero(at, 2 * p.hidden + units.first, units.count)};
 }
 
 template <class T>
-LstmGates<Lanes<OpMath<T>>> load_gates(const T* row, int64_t hidden, const Units& units) {
+LstmGates<LanesOf<T>> load_gates(const T* row, int64_t hidden, const Units& units) {
   row += units.first;
-  return {load_units(row, units.count), load_units(row + hidden, units.count),
-          load_units(row + 2 * hidden, units.count), load_units(row + 3 * hidden, units.count)};
+  return {load_part(row, units.count), load_part(row + hidden, units.count), load_part(row + 2 * hidden, units.count),
+          load_part(row + 3 * hidden, units.count)};
 }
 template <class T>
-void store_gates(T* row, int64_t hidden, const Units& units, const LstmGates<Lanes<OpMath<T>>>& gates) {
+void store_gates(T* row, int64_t hidden, const Units& units, const LstmGates<LanesOf<T>>& gates) {
   row += units.first;
-  store_units(row, units.count, gates.i);
-  store_units(row + hidden, units.count, gates.f);
-  store_units(row + 2 * hidden, units.count, gates.g);
-  store_units(row + 3 * hidden, units.count, gates.o);
+  store_part(row, gates.i, units.count);
+  store_part(row + hidden, gates.f, units.count);
+  store_part(row + 2 * hidden, gates.g, units.count);
+  store_part(row + 3 * hidden, gates.o, units.count);
 }
 
 // ---- work items of the products -------------------------------------------------------------------------------------
@@ -110,16 +84,16 @@ struct GateArithmetic {
   }
 
   void operator()(int64_t row, const S* sums) const {
-    const Round<T> round;
-    const V c_before = load_units(row_of<T>(args.c, row) + units.first, units.count);
+    const Rounded<T> round;
+    const V c_before = load_part(row_of<T>(args.c, row) + units.first, units.count);
     const LstmGates<V> all = {load_lanes(sums) + bias.i, load_lanes(sums + kLanes) + bias.f,
                               load_lanes(sums + 2 * kLanes) + bias.g, load_lanes(sums + 3 * kLanes) + bias.o};
     LstmGates<V> gates = lstm_gates(p, all, peephole, c_before, round);
     const V cell = lstm_new_cell(p, lstm_unclipped(gates, gates.g, c_before), round);
     gates.o = lstm_output_gate(p, gates.o, peephole, cell, round);
     const int64_t at = row * p.hidden + units.first;
-    store_units(static_cast<T*>(args.new_c) + at, units.count, cell);
-    store_units(static_cast<T*>(args.new_h) + at, units.count, gates.o * lstm_tanh(cell));
+    store_part(static_cast<T*>(args.new_c) + at, cell, units.count);
+    store_part(static_cast<T*>(args.new_h) + at, gates.o * lstm_tanh(cell), units.count);
     if (args.gates) store_gates(static_cast<T*>(args.gates) + row * p.gates(), p.hidden, units, gates);
   }
 };
@@ -154,17 +128,17 @@ void gate_gradients_of(const CellShape& p, const CellBackward& args, int64_t beg
       const Units units(p, block);
       const LstmPeephole<V> peephole = peephole_of<T>(p, args.peephole, units);
       const LstmGates<V> gates = load_gates(gates_row, p.hidden, units);
-      const V before = load_units(c_before + units.first, units.count);
-      const V cell = lstm_new_cell(p, lstm_unclipped(gates, gates.g, before), Round<T>());
+      const V before = load_part(c_before + units.first, units.count);
+      const V cell = lstm_new_cell(p, lstm_unclipped(gates, gates.g, before), Rounded<T>());
       const auto output =
-          lstm_output_gradients(load_units_or_zero(grad_h, units.first, units.count), gates.o, lstm_tanh(cell));
-      V grad_cell = load_units_or_zero(grad_c, units.first, units.count) + output.shown;
+          lstm_output_gradients(load_or_zero(grad_h, units.first, units.count), gates.o, lstm_tanh(cell));
+      V grad_cell = load_or_zero(grad_c, units.first, units.count) + output.shown;
       if (p.peephole) grad_cell = grad_cell + output.o * peephole.o;
       const auto step = lstm_step_gradients(p, grad_cell, output.o, gates, V(S(1)), peephole, before);
       store_gates(static_cast<T*>(args.grad_gates) + row * p.gates(), p.hidden, units, step.sums);
       if constexpr (sizeof(T) != sizeof(S))
         store_gates(static_cast<S*>(args.grad_sums) + row * p.gates(), p.hidden, units, step.sums);
-      store_units(static_cast<T*>(args.grad_new_c) + row * p.hidden + units.first, units.count, step.c_before);
+      store_part(static_cast<T*>(args.grad_new_c) + row * p.hidden + units.first, step.c_before, units.count);
     }
   }
 }
@@ -177,17 +151,17 @@ void peephole_gradients_of(const CellShape& p, const CellBackward& args, int64_t
     const Units units(p, block);
     V i(S(0)), f(S(0)), o(S(0));
     for (int64_t row = 0; row < p.batch; ++row) {
-      const V before = load_units(row_of<T>(args.c_before, row) + units.first, units.count);
+      const V before = load_part(row_of<T>(args.c_before, row) + units.first, units.count);
       const auto gates = load_gates(static_cast<const T*>(args.gates) + row * p.gates(), p.hidden, units);
       const auto grads = load_gates(static_cast<const S*>(args.grad_sums) + row * p.gates(), p.hidden, units);
       i += grads.i * before;
       f += grads.f * before;
-      o += grads.o * lstm_new_cell(p, lstm_unclipped(gates, gates.g, before), Round<T>());
+      o += grads.o * lstm_new_cell(p, lstm_unclipped(gates, gates.g, before), Rounded<T>());
     }
     S* const to = static_cast<S*>(args.grad_peephole) + units.first;
-    store_units(to, units.count, i);
-    store_units(to + p.hidden, units.count, f);
-    store_units(to + 2 * p.hidden, units.count, o);
+    store_part(to, i, units.count);
+    store_part(to + p.hidden, f, units.count);
+    store_part(to + 2 * p.hidden, o, units.count);
   }
 }
 
@@ -205,8 +179,8 @@ void multiply_gradients(const CellShape& p, const void* grad_sums, const OpMath<
       for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
         const int64_t column = panel * kPanel + lane, left = columns - column;
         if (left <= 0) break;
-        store_units(static_cast<T*>(to) + (row + r) * columns + column, left < kLanes ? left : kLanes,
-                    load_lanes(sums.value + r * kPanel + lane));
+        store_part(static_cast<T*>(to) + (row + r) * columns + column, load_lanes(sums.value + r * kPanel + lane),
+                   left < kLanes ? left : kLanes);
       }
   });
 }
@@ -245,7 +219,7 @@ void widen_of(const CellRows& from, int64_t rows, int64_t columns, float* to) {
     const T* const at = row_of<T>(from, row);
     for (int64_t k = 0; k < columns; k += kLanes) {
       const int64_t count = columns - k < kLanes ? columns - k : kLanes;
-      store_units(to + k, count, load_units(at + k, count));
+      store_part(to + k, load_part(at + k, count), count);
     }
   }
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepops._checks import autocast_enabled, check_residual, check_residual_dtype, transforms_active
-from deepops._convolution import pad_explicitly, per_dimension
+from deepops._convolution import output_sizes, pad_explicitly, per_dimension
 from deepops._folding import conv_act, fold
 from deepops.nn._activation import Activation
 
@@ -123,12 +123,9 @@ def folded_forward(
 
 def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: Any, padding: tuple[int, ...]) -> None:
     """Here the residual goes into the convolution, so that the output's shape must be known before."""
-    spans = [
-        size + 2 * pad - d * (k - 1) - 1
-        for size, pad, d, k in zip(x.shape[2:], padding, conv.dilation, weight.shape[2:], strict=True)
-    ]
-    shape = [x.size(0), weight.size(0), *(span // step + 1 for span, step in zip(spans, conv.stride, strict=True))]
-    check_residual(residual, x, torch.Size(shape))
+    sides = [side for side in padding for _ in range(2)]
+    sizes = output_sizes(x, weight, conv.stride, sides, conv.dilation)
+    check_residual(residual, x, torch.Size([x.size(0), weight.size(0), *sizes]))
     check_residual_dtype(residual, x)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from deepops.nn._activation import _NAMES
 from deepops.nn.conv_bn_act import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, _ConvBNAct
+from deepops.nn.lstm import LSTM
+from deepops.nn.lstm_cell import LSTMCell
 
 _BLOCKS: tuple[type[_ConvBNAct], ...] = (ConvBNAct1d, ConvBNAct2d, ConvBNAct3d)
 
@@ -80,15 +82,16 @@ def _corresponding_names(
 
 
 def swap_layers(model: nn.Module) -> list[str]:
-    """Replace ``conv, bn[, act]`` runs inside every ``nn.Sequential`` of ``model`` by ``ConvBNAct*``, in place.
+    """Replace ``conv, bn[, act]`` runs in every ``nn.Sequential`` of ``model``, and every LSTM in it, in place.
 
-    The block takes the place of the convolution and shares its parameters (an optimizer made before stays right);
-    ``nn.Identity`` takes the other places, so that indices do not shift. Left alone: modules of other classes, used
-    more than once, or with hooks; and a run that ends without one of the seven activations becomes a block with the
-    identity.
+    ``ConvBNAct*`` takes the place of the convolution and shares its parameters (an optimizer made before stays right);
+    ``nn.Identity`` takes the other places, so that indices do not shift. ``LSTM`` and ``LSTMCell`` take the places of
+    ``nn.LSTM`` and ``nn.LSTMCell``, wherever they are, and share their parameters too. Left alone: modules of other
+    classes, used more than once, or with hooks, and ``model`` itself; a run that ends without one of the seven
+    activations becomes a block with the identity.
 
     Returns:
-        The names of the blocks made.
+        The names of the layers made.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
     >>> swap_layers(model)
@@ -102,6 +105,7 @@ def swap_layers(model: nn.Module) -> list[str]:
             places[id(child)] = places.get(id(child), 0) + 1
     swapped = []
     for prefix, module in list(model.named_modules()):
+        swapped += _swap_lstms(prefix, module, places)
         if type(module) is not nn.Sequential:
             continue
         keys = list(module._modules)
@@ -120,6 +124,22 @@ def swap_layers(model: nn.Module) -> list[str]:
             if takes_act:
                 module._modules[keys[at + 2]] = nn.Identity()
             swapped.append(f"{prefix}.{key}" if prefix else key)
+    return swapped
+
+
+def _swap_lstms(prefix: str, module: nn.Module, places: Mapping[int, int]) -> list[str]:
+    """Replace the LSTMs that ``module`` holds; the names of those replaced."""
+    swapped = []
+    for key, child in list(module._modules.items()):
+        new: nn.Module
+        if isinstance(child, nn.LSTM) and _is_free(child, nn.LSTM, places):
+            new = LSTM.from_module(child)
+        elif isinstance(child, nn.LSTMCell) and _is_free(child, nn.LSTMCell, places):
+            new = LSTMCell.from_module(child)
+        else:
+            continue
+        module._modules[key] = new
+        swapped.append(f"{prefix}.{key}" if prefix else key)
     return swapped
 
 
