@@ -134,7 +134,12 @@ def lstm_layer(
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The caller has brought all tensors to one dtype: autocast must not change it again, product by product."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def autocasts(x: Tensor) -> bool:
+    """``autocast_enabled``, in a tenth of its time where no autocast is on."""
+    return (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()) and autocast_enabled(x)
 
 
 def _sequence_mask(seed: Tensor, stream: int, like: Tensor, p: float) -> Tensor:

@@ -373,6 +373,7 @@ def test_cell_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     expected = loop(cell, x, seed=3)
     monkeypatch.setattr(_lstm, "_KERNEL_ON", {})
     monkeypatch.setattr("deepops.nn.lstm_cell._KERNEL_ON", {})
+    monkeypatch.setattr("deepops.nn.lstm_cell._ON", (False, False))
     torch.testing.assert_close(loop(cell, x, seed=3), expected)
 
 

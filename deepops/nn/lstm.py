@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from deepops._checks import autocast_enabled, check_data
+from deepops._checks import check_data
 from deepops._explain import kernel_note
-from deepops._lstm import _KERNEL_ON, Weights, _choice, lstm_layer
+from deepops._lstm import _KERNEL_ON, Weights, _choice, autocasts, lstm_layer
 from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths, derived_seed
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
@@ -245,7 +245,7 @@ class LSTM(LSTMOptions, nn.RNNBase):
         places = self.num_layers * (2 if self.bidirectional else 1)
         h_size, c_size = (places, batch, self.proj_size or self.hidden_size), (places, batch, self.hidden_size)
         weight = self._named_weights(self._weight_names[0]).weight_ih
-        autocast = autocast_enabled(x)
+        autocast = autocasts(x)
         if x.dtype is not weight.dtype and not autocast:  # torch's own words
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -337,7 +337,7 @@ class _Run:
         everything. Then all is computed in that, and nothing is lost.
         """
         own = self.lstm._named_weights(self.lstm._weight_names[0]).weight_ih.dtype
-        if not autocast_enabled(x):
+        if not autocasts(x):
             return None, own, own
         lower = own if own is torch.float64 else torch.get_autocast_dtype(x.device.type)
         if not x.is_cpu or not (packed or self.lstm.proj_size):
