@@ -103,6 +103,14 @@ def _lstm_sequence_backward(
     )
 
 
+def _lstm_product(a: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return a.new_empty(a.size(0), weight.size(0 if transposed else 1))
+
+
+def _lstm_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.new_empty(grad.size(1), x.size(1))
+
+
 def _lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
     rows, size, hidden = weight_ih.size(0), weight_ih.size(1), weight_hh.size(1)
     count = rows * (size + hidden)
@@ -153,6 +161,8 @@ def register() -> None:
     """Register the functions above."""
     torch.library.register_fake("deepops::lstm_sequence", _lstm_sequence)
     torch.library.register_fake("deepops::lstm_sequence_backward", _lstm_sequence_backward)
+    torch.library.register_fake("deepops::_lstm_product", _lstm_product)
+    torch.library.register_fake("deepops::_lstm_weight_gradient", _lstm_weight_gradient)
     torch.library.register_fake("deepops::lstm_pack", _lstm_pack)
     torch.library.register_fake("deepops::lstm_cell", _lstm_cell)
     torch.library.register_fake("deepops::lstm_cell_backward", _lstm_cell_backward)

@@ -35,17 +35,6 @@ void pack_small(const LstmShape& p, const LstmRawWeights& raw, const LstmWeights
   widen_rows<D, S>(raw.bias_ln_c, 1, p.hidden, stride, weights.bias_ln_c);
 }
 
-// weight [rows, size], transposed: [panels of rows][size][64].
-template <class T, class S>
-void pack_transposed(const T* weight, int64_t rows, int64_t size, S* packed) {
-  for (int64_t panel = 0; panel < panels_of(rows); ++panel)
-    for (int64_t column = 0; column < kPanel; ++column) {
-      const int64_t row = panel * kPanel + column;
-      for (int64_t k = 0; k < size; ++k)
-        packed[(panel * size + k) * kPanel + column] = row < rows ? load(weight + row * size + k) : S(0);
-    }
-}
-
 template <class D>
 void pack_forward(const LstmShape& p, const LstmRawWeights& raw, const LstmWeights& weights) {
   using S = OpMath<D>;

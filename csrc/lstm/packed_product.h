@@ -20,21 +20,59 @@ static_assert(kPanelUnits == kLanes);
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
+// Four rows of four values become four columns.
+template <class T, class S>
+void turn_fours(const T* from, int64_t from_stride, S* to, int64_t stride) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * stride + i] = load(from + i * from_stride + j);
+}
+#ifdef __SSE2__
+inline void turn_fours(const float* from, int64_t from_stride, float* to, int64_t stride) {
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(from + i * from_stride);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * stride, row[i]);
+}
+#endif
+
+// [rows, columns] with `from_stride` between its rows becomes [columns][stride]; 16 columns at a time, so that a line
+// that is read is used up while it is there. Fours at once take half of the time.
+template <class T, class S>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, S* to, int64_t stride) {
+  for (int64_t first = 0; first < columns; first += kLanes) {
+    const int64_t last = columns - first < kLanes ? columns : first + kLanes;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t height = rows - row < 4 ? 1 : 4;
+      int64_t column = first;
+      for (; height == 4 && column + 4 <= last; column += 4)
+        turn_fours(from + row * from_stride + column, from_stride, to + column * stride + row, stride);
+      for (; column < last; ++column)
+        for (int64_t i = row; i < row + height; ++i) to[column * stride + i] = load(from + i * from_stride + column);
+      row += height;
+    }
+  }
+}
+
 // weight [4 * hidden, size], rows from `row` on of all `rows` of the panels: packed [unit blocks][rows][4][16]. Two
 // weights can lie one below the other, as if their inputs were one. Units beyond the last are 0.
 template <class T, class S>
 void pack_gates(const T* weight, int64_t hidden, int64_t size, S* packed, int64_t row, int64_t rows) {
-  constexpr int64_t kChunk = 64 / sizeof(T);  // of a row of `weight`: a cache line
-  for (int64_t block = 0; block < unit_blocks_of(hidden); ++block) {
-    S* const panel = packed + (block * rows + row) * kPanel;
-    for (int64_t begin = 0; begin < size; begin += kChunk) {
-      const int64_t end = begin + kChunk < size ? begin + kChunk : size;
-      for (int64_t column = 0; column < kPanel; ++column) {
-        const int64_t gate = column / kLanes, unit = block * kLanes + column % kLanes;
-        const T* const from = weight + (gate * hidden + unit) * size;
-        for (int64_t k = begin; k < end; ++k) panel[k * kPanel + column] = unit < hidden ? load(from + k) : S(0);
-      }
+  for (int64_t unit = 0; unit < hidden; unit += kLanes)
+    for (int64_t gate = 0; gate < kGates; ++gate) {
+      S* const to = packed + unit * kGates * rows + row * kPanel + gate * kLanes;
+      const int64_t valid = hidden - unit < kLanes ? hidden - unit : kLanes;
+      for (int64_t k = 0; valid < kLanes && k < size; ++k) store_lanes(to + k * kPanel, Lanes<S>(S(0)));
+      transpose(weight + (gate * hidden + unit) * size, size, valid, size, to, int64_t(kPanel));
     }
+}
+
+// weight [columns, size]: packed [panels][size][64]. Columns beyond the last are 0.
+template <class T, class S>
+void pack_transposed(const T* weight, int64_t columns, int64_t size, S* packed) {
+  for (int64_t column = 0; column < columns; column += kPanel, packed += size * kPanel) {
+    const int64_t valid = columns - column < kPanel ? columns - column : kPanel;
+    for (int64_t k = 0; valid < kPanel && k < size * kPanel; ++k) packed[k] = 0;
+    transpose(weight + column * size, size, valid, size, packed, int64_t(kPanel));
   }
 }
 
