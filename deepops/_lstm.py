@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepops import _batch_norm_act
 from deepops._checks import autocast_enabled, transforms_active
 from deepops._library import gpu_not_covered, has_kernel
+from deepops._lstm_products import input_gates, over_rows, product_dtype, recurrent_weight_grad
+from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.reference import lstm as reference
 
 Grad = Tensor | None
@@ -30,47 +33,13 @@ _KERNEL_ON = {
     device: has_kernel("lstm_sequence", device) and has_kernel("lstm_sequence_backward", device)
     for device in ("cpu", "cuda")
 }
-_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-
-
-class Weights(NamedTuple):
-    """The weights of a layer in one direction; all of one dtype. None: the layer does not have it."""
-
-    weight_ih: Tensor  # [4H, I]
-    weight_hh: Tensor  # [4H, R], R = P with a projection, else H
-    bias_ih: Tensor | None = None  # [4H]
-    bias_hh: Tensor | None = None  # [4H]
-    weight_hr: Tensor | None = None  # [P, H]
-    weight_peephole: Tensor | None = None  # [3H]
-    weight_ln_ih: Tensor | None = None  # [4H], the four of layer norm come together
-    weight_ln_hh: Tensor | None = None  # [4H]
-    weight_ln_c: Tensor | None = None  # [H]
-    bias_ln_c: Tensor | None = None  # [H]
-
-
-class Variant(NamedTuple):
-    """What a layer does beyond the plain LSTM, apart from its weights. Numbers are probabilities but for the first."""
-
-    layer_norm_eps: float = 1e-5
-    cell_clip: float | None = None
-    zoneout_h: float = 0.0
-    zoneout_c: float = 0.0
-    input_dropout: float = 0.0  # one mask for a whole sequence
-    hidden_dropout: float = 0.0  # the same, of the state
-    recurrent_dropout: float = 0.0  # on g, for each step anew
-
-    def is_random(self) -> bool:
-        """Whether training takes random masks."""
-        return max(self[2:]) > 0
-
-
-PLAIN = Variant()
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def runs_on_kernel(x: Tensor) -> bool:
     """Whether the ops take data like ``x``: on a device that has them, not empty, not seen by ``torch.func``."""
     device = x.device.type
-    if not _KERNEL_ON.get(device, False) or x.dtype not in (torch.float32, torch.float64, *_SIXTEEN_BIT):
+    if not _KERNEL_ON.get(device, False) or x.dtype not in _DTYPES:
         return False
     if torch.compiler.is_compiling():
         return True
@@ -79,7 +48,7 @@ def runs_on_kernel(x: Tensor) -> bool:
     return x.numel() > 0 and not transforms_active()
 
 
-def _choice(x: Tensor, plain: bool, recorded: bool = False) -> str:
+def choice(x: Tensor, plain: bool, recorded: bool = False) -> str:
     """What computes an LSTM: "kernel" is ours, "torch" its own, "reference" ours in plain PyTorch.
 
     Args:
@@ -89,7 +58,13 @@ def _choice(x: Tensor, plain: bool, recorded: bool = False) -> str:
     """
     if not recorded and runs_on_kernel(x):
         return "kernel"
-    return "torch" if plain and (recorded or not transforms_active()) else "reference"
+    if plain and (recorded or not transforms_active()):
+        return "torch"
+    device = x.device.type
+    silent = recorded or device in ("meta", *_batch_norm_act._warned) or torch.compiler.is_compiling()
+    if not (silent or _KERNEL_ON.get(device)):
+        _batch_norm_act._warn_once(device)
+    return "reference"
 
 
 def lstm_layer(
@@ -190,26 +165,6 @@ def _plain(
     )
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the large products: that of the data, but float32 for 16-bit data on the CPU, as the op takes them."""
-    return torch.float32 if x.dtype in _SIXTEEN_BIT and x.device.type == "cpu" else x.dtype
-
-
-def _input_gates(x: Tensor, weights: Weights, eps: float) -> tuple[Tensor, list[Tensor | None]]:
-    """``x W_ih^T`` with layer norm and biases, [T, B, 4H], and what the backward needs of the layer norm."""
-    dtype = product_dtype(x)
-    rows, weight = x.reshape(-1, x.size(2)).to(dtype), weights.weight_ih.t().to(dtype)
-    biases = [bias.to(dtype) for bias in (weights.bias_ih, weights.bias_hh) if bias is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    shape = (x.size(0), x.size(1), weight.size(1))
-    if weights.weight_ln_ih is None:
-        return (rows @ weight if bias is None else torch.addmm(bias, rows, weight)).view(shape), [None] * 3
-    a = (rows @ weight).to(x.dtype)  # rounded, as it is kept
-    scale = weights.weight_ln_ih.to(dtype)
-    gates, mean, invstd = torch.native_layer_norm(a.to(dtype), [weight.size(1)], scale, None, eps)
-    return (gates if bias is None else gates + bias).view(shape), [a, mean, invstd]
-
-
 def _forward(
     x: Tensor,
     h0: Tensor,
@@ -222,7 +177,7 @@ def _forward(
     save: bool,
 ) -> tuple[States, list[Tensor | None]]:
     """The states and, with ``save``, what the backward needs beside them."""
-    gates_x, kept = _input_gates(x, weights, settings[2])
+    gates_x, kept = input_gates(x, weights, settings[2])
     h, c, h_n, c_n, *saved = torch.ops.deepops.lstm_sequence.default(
         gates_x,
         h0.contiguous(),
@@ -292,9 +247,9 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
         grads["bias_ih"] = grads["bias_hh"] = rows.sum(0)
     if needs["weight_hh"]:
         of_r = grad_gates if weights.weight_ln_hh is None else grad_r
-        grads["weight_hh"] = _recurrent_weight_grad(of_r.to(dtype), h, h0, hidden_mask, lengths, ctx.settings[0])
+        grads["weight_hh"] = recurrent_weight_grad(of_r.to(dtype), h, h0, hidden_mask, lengths, ctx.settings[0])
     if needs["weight_hr"]:
-        grads["weight_hr"] = _over_rows(grad_out.flatten(0, 1).to(dtype), out.flatten(0, 1).to(dtype))
+        grads["weight_hr"] = over_rows(grad_out.flatten(0, 1).to(dtype), out.flatten(0, 1).to(dtype))
     if weights.weight_ln_ih is not None:
         wanted = [needs["x"] or needs["weight_ih"], needs["weight_ln_ih"], False]
         scale = weights.weight_ln_ih.to(dtype)
@@ -302,48 +257,10 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
             rows, a.to(dtype), [rows.size(1)], mean, invstd, scale, None, wanted
         )
     if needs["weight_ih"]:
-        grads["weight_ih"] = _over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
+        grads["weight_ih"] = over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
     if needs["x"]:
         grads["x"] = (rows @ weights.weight_ih.to(dtype)).view_as(x)
     return [grads[name].to(x.dtype) if needed else None for name, needed in needs.items()]  # type: ignore[union-attr]
-
-
-def _recurrent_weight_grad(
-    grad_r: Tensor,  # [T, B, 4H]
-    h: Tensor,  # [T, B, R]
-    h0: Tensor,  # [B, R]
-    hidden_mask: Tensor | None,  # [B, R]
-    lengths: Tensor | None,  # [B]
-    reverse: bool,
-) -> Tensor:
-    """``sum_t grad_r_t^T h_before_t``, h of the step before: all steps but each sequence's first, and ``h0`` there.
-
-    Rows beyond a sequence's end are 0 in ``grad_r`` and in ``h``, so that they may take part.
-    """
-    if hidden_mask is not None:
-        h, h0 = h * hidden_mask, h0 * hidden_mask
-    if not reverse:
-        first, later, before = grad_r[0], grad_r[1:], h[:-1]
-    else:
-        later, before = grad_r[:-1], h[1:]
-        if lengths is None:
-            first = grad_r[-1]
-        else:  # a sequence begins at its last step
-            at = (lengths - 1).clamp(0, grad_r.size(0) - 1)
-            first = grad_r.gather(0, at[None, :, None].expand(1, -1, grad_r.size(2)))[0]
-    grad = _over_rows(first, h0.to(grad_r.dtype))
-    if later.size(0) == 0:
-        return grad
-    return grad.add_(_over_rows(later.flatten(0, 1), before.flatten(0, 1).to(grad_r.dtype)))
-
-
-def _over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """``a^T b`` of many rows, contiguous.
-
-    With up to 8 columns of ``b`` MKL adds up all rows in one chain: the transposed product is 4 to 10 times closer to
-    the exact one (2,000 and 32,000 rows).
-    """
-    return a.t() @ b if b.size(1) > 8 or a.size(1) <= 8 else (b.t() @ a).t().contiguous()
 
 
 def _differentiable_backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -> list[Grad]:

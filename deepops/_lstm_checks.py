@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepops._checks import check_data, transforms_active
-from deepops._lstm import Variant, Weights
+from deepops._lstm_types import Variant, Weights
 
 Seed = int | Tensor | None
 Pair = float | tuple[float, float]
@@ -22,9 +22,9 @@ def as_variant(
     cell_clip: float | None = None,
 ) -> Variant:
     """The options in the form that ``lstm_layer`` takes."""
-    if not _is_number(layer_norm_eps) or not layer_norm_eps >= 0:
+    if not is_number(layer_norm_eps) or not layer_norm_eps >= 0:
         raise ValueError(f"layer_norm_eps: expected a number of at least 0, got {layer_norm_eps!r}")
-    if cell_clip is not None and not (_is_number(cell_clip) and cell_clip > 0):
+    if cell_clip is not None and not (is_number(cell_clip) and cell_clip > 0):
         raise ValueError(f"cell_clip: expected a positive number or None, got {cell_clip!r}")
     return Variant(
         float(layer_norm_eps),
@@ -35,7 +35,8 @@ def as_variant(
     )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

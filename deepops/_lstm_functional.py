@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from deepops._checks import check_data
-from deepops._lstm import States, Weights, lstm_layer, runs_on_kernel
+from deepops._lstm import States, lstm_layer, runs_on_kernel
 from deepops._lstm_checks import (
     Pair,
     Seed,
@@ -18,6 +18,7 @@ from deepops._lstm_checks import (
     checked_lengths,
     checked_seed,
 )
+from deepops._lstm_types import Weights
 
 
 def lstm(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import deepops.nn
-from deepops._lstm import PLAIN, Variant, Weights, lstm_layer, runs_on_kernel
+from deepops._lstm import lstm_layer, runs_on_kernel
+from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.cli.check_types import Comparison, Setting
 from deepops.testing import to_double
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import init
 
-from deepops._lstm import Variant, Weights
-from deepops._lstm_checks import Pair, Seed, _is_number, as_variant, checked_seed
+from deepops._lstm_checks import Pair, Seed, as_variant, checked_seed, is_number
+from deepops._lstm_types import Variant, Weights
 
 LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 
@@ -36,7 +36,7 @@ class LSTMOptions(nn.Module):
         for name, flag in (("layer_norm", layer_norm), ("peephole", peephole)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        if forget_bias is not None and not _is_number(forget_bias):
+        if forget_bias is not None and not is_number(forget_bias):
             raise TypeError(f"forget_bias: expected a number or None, got {forget_bias!r}")
         if forget_bias is not None and not self.bias:
             raise ValueError(f"forget_bias: expected None with bias=False, got {forget_bias!r}")

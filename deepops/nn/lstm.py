@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from deepops._checks import check_data
 from deepops._explain import kernel_note
-from deepops._lstm import _KERNEL_ON, Weights, _choice, autocasts, lstm_layer
-from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths, derived_seed
+from deepops._lstm import _KERNEL_ON, autocasts, choice
+from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths
 from deepops.nn._lstm_options import LSTMOptions
+from deepops.nn._lstm_run import Hidden, Run, without_batch
 from deepops.nn._tools import is_recorded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Hidden = tuple[Tensor, Tensor]
 
 
 class LSTM(LSTMOptions, nn.RNNBase):
@@ -184,10 +182,10 @@ class LSTM(LSTMOptions, nn.RNNBase):
         if plain and recorded:
             return self._as_torch(input, hx)
         check_data("input", data)
-        path = _choice(data, plain, recorded)
+        path = choice(data, plain, recorded)
         if path == "torch":
             return self._as_torch(input, hx)
-        run = _Run(self, path == "kernel", seed)
+        run = Run(self, path == "kernel", seed)
         if packed is not None:
             if lengths is not None:
                 raise ValueError("lengths: expected None beside a PackedSequence, which has its own")
@@ -201,7 +199,7 @@ class LSTM(LSTMOptions, nn.RNNBase):
         h0, c0 = self._states(x, hx, batched)
         output, last, every = run(x, h0, c0, checked_lengths(lengths, x))
         if not batched:
-            output, last, every = output.squeeze(1), _pair(last, 1), _pair(every, 2)
+            output, last, every = output.squeeze(1), without_batch(last, 1), without_batch(every, 2)
         elif self.batch_first:
             output, every = output.transpose(0, 1), tuple(state.transpose(1, 2) for state in every)
         return (output, last, every) if self.return_all_states else (output, last)
@@ -212,7 +210,7 @@ class LSTM(LSTMOptions, nn.RNNBase):
         results: tuple[Any, ...] = forward(self, input, hx)
         return results
 
-    def _forward_packed(self, run: _Run, packed: PackedSequence, hx: Hidden | None) -> tuple[Any, ...]:
+    def _forward_packed(self, run: Run, packed: PackedSequence, hx: Hidden | None) -> tuple[Any, ...]:
         """Padded, in the order of the packed data, and packed again."""
         data, batch_sizes, by_length, back = packed
         if data.dim() != 2:
@@ -282,84 +280,6 @@ class LSTM(LSTMOptions, nn.RNNBase):
             return f"fused: one op per layer and direction: {kernel_note('lstm_sequence', device)}"
         what = "torch's own LSTM" if self._is_plain() else "step by step in plain PyTorch"
         return f"not fused, {what}: there is no kernel for {device}"
-
-
-class _Run:
-    """One forward through all layers: what it needs beside its tensors."""
-
-    def __init__(self, lstm: LSTM, kernel: bool, seed: Seed) -> None:
-        """Nothing is drawn yet."""
-        self.lstm, self.kernel, self.seed = lstm, kernel, seed
-
-    def __call__(
-        self, x: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, packed_lengths: Tensor | None = None
-    ) -> tuple[Tensor, Hidden, tuple[Tensor, ...]]:
-        """Output [T, B, D * R], ``(h_n, c_n)``, and all h and all c where they are wanted."""
-        lstm = self.lstm
-        seed = lstm._seed(self.seed, x.device)
-        dtype, h_dtype, c_dtype = self._dtypes(x, packed_lengths is not None)
-        if dtype is not None:
-            x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
-        directions = 2 if lstm.bidirectional else 1
-        results = []
-        for layer in range(lstm.num_layers):
-            outputs = []
-            for direction in range(directions):
-                number = layer * directions + direction
-                weights = lstm._named_weights(lstm._weight_names[number])
-                if dtype is not None:
-                    weights = Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
-                states = lstm_layer(
-                    x,
-                    h0[number],
-                    c0[number],
-                    weights,
-                    lstm._variant,
-                    reverse=direction == 1,
-                    lengths=lengths,
-                    seed=None if seed is None else derived_seed(seed, number),
-                    kernel=self.kernel,
-                )
-                results.append(states)
-                outputs.append(states[0])
-            x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-            if lstm.dropout > 0 and lstm.training and layer < lstm.num_layers - 1:
-                x = _dropout(x, lstm.dropout, packed_lengths)
-        h, c, h_n, c_n = zip(*results, strict=True)
-        last = (_stacked(h_n).to(h_dtype), _stacked(c_n).to(c_dtype))
-        every = (_stacked(h).to(h_dtype), _stacked(c).to(c_dtype)) if lstm.return_all_states else ()
-        return x.to(h_dtype), last, every
-
-    def _dtypes(self, x: Tensor, packed: bool) -> tuple[torch.dtype | None, torch.dtype, torch.dtype]:
-        """Under autocast: dtype to compute in, of output and h, of c, such that the results have stock's dtypes.
-
-        On the CPU stock's are mixed: with a projection its c stays as wide as the weights, and of packed input
-        everything. Then all is computed in that, and nothing is lost.
-        """
-        own = self.lstm._named_weights(self.lstm._weight_names[0]).weight_ih.dtype
-        if not autocasts(x):
-            return None, own, own
-        lower = own if own is torch.float64 else torch.get_autocast_dtype(x.device.type)
-        if not x.is_cpu or not (packed or self.lstm.proj_size):
-            return lower, lower, lower
-        return own, lower if self.lstm.proj_size else own, own
-
-
-def _dropout(x: Tensor, p: float, packed_lengths: Tensor | None) -> Tensor:
-    """Dropout that draws the numbers that torch's LSTM draws: of packed data none for the padding."""
-    if packed_lengths is None:
-        return F.dropout(x, p)
-    packed = pack_padded_sequence(x, packed_lengths)
-    return pad_packed_sequence(PackedSequence(F.dropout(packed.data, p), packed.batch_sizes))[0]
-
-
-def _stacked(tensors: tuple[Tensor, ...]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _pair(states: tuple[Tensor, ...], batch: int) -> Any:
-    """Without the batch dimension."""
-    return tuple(state.squeeze(batch) for state in states)
 
 
 def _arguments(lstm: nn.RNNBase) -> tuple[int, int, int, bool, bool, float, bool, int]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from deepops._checks import check_data, transforms_active
 from deepops._explain import kernel_note
 from deepops._library import has_kernel
-from deepops._lstm import Weights, _choice, autocasts, lstm_layer
+from deepops._lstm import autocasts, choice, lstm_layer
 from deepops._lstm_cell import CellCache
 from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input
+from deepops._lstm_types import Weights
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
 
@@ -128,7 +129,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         if plain and recorded:
             return super().forward(input, hx)
         check_data("input", input)
-        path = _choice(input, plain, recorded)
+        path = choice(input, plain, recorded)
         if path == "torch":
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
