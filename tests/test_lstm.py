@@ -44,7 +44,7 @@ def check(pools: dict[str, ErrorPool]) -> None:
 
 SHAPES = ((4, 3, 5, 7), (1, 2, 6, 4), (3, 2, 17, 20), (2, 5, 8, 33), (3, 8, 9, 16), (2, 17, 3, 8))  # T, B, I, H
 SAMPLES = 3 * SHAPES  # each with other values: what errors do to later steps is luck
-CLIPPED = 18 * ((2, 2, 5, 8),)  # few cells, so that there is room for a limit between them
+CLIPPED = 24 * ((2, 2, 6, 8),)  # few cells, so that there is room for a limit between them
 
 
 def samples_of(name: str) -> tuple[tuple[int, ...], ...]:

@@ -224,6 +224,44 @@ def test_packing_converts_and_copies(dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_loop_has_the_bits_of_the_sequence(variant, dtype, isa):
+    """Where inputs are 0: the product with W_ih of a sequence is torch's, with other roundings than the cell's."""
+    case = make_case(5, 4, 70, dtype, **VARIANTS[variant])
+    case = replace(case, x=torch.zeros_like(case.x))
+    steps, (batch, hidden) = 4, case.h.shape
+    gates_x = torch.zeros(steps, batch, 4 * hidden, dtype=pack(case).dtype)
+    if case.bias is not None:
+        gates_x += sums(case.bias)
+    options = (None, case.weight_peephole, None, None, None, None, None, None, False, case.cell_clip, 1e-5, 0.0, 0.0)
+    with use_isa(isa):
+        whole = ops.lstm_sequence(gates_x, case.h, case.c, case.weight_hh, *options, 0.0, 0, True, True)
+        packed, state, gates = pack(case), (case.h, case.c), []
+        for t in range(steps):
+            h, c, g = forward(replace(case, h=state[0], c=state[1]), packed)
+            state = (h, c)
+            gates.append(g)
+            assert torch.equal(whole[0][t], h)
+            assert torch.equal(whole[1][t], c)
+            assert torch.equal(whole[4][t], g)
+        if case.h.element_size() == 2:
+            return  # between its steps a sequence keeps gradients in fp32
+        grads = ops.lstm_sequence_backward(
+            None, None, case.grad_h, case.grad_c, *whole[4:5], whole[1], *whole[6:], case.c, case.weight_hh, *options,
+            0.0, 0,
+        )  # fmt: skip
+        grad_h, grad_c = case.grad_h, case.grad_c
+        for t in reversed(range(steps)):
+            before = whole[1][t - 1] if t else case.c
+            step = replace(case, c=before, grad_h=grad_h, grad_c=grad_c)
+            grad_gates, _, grad_h, grad_c, _ = backward(step, packed, gates[t])
+            assert torch.equal(grads[0][t].to(dtype), grad_gates)
+        assert torch.equal(grads[3], grad_h)
+        assert torch.equal(grads[4], grad_c)
+
+
 def _wrong_calls() -> dict[str, tuple[str, str, dict[str, object]]]:
     short, wide = torch.zeros(2, 5), torch.zeros(3, 6)
     return {

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 
 from deepops import testing
 from deepops._library import binaries, has_kernel
-from deepops.cli.check_ops import CHECKS, Comparison, OpCheck, Setting
+from deepops.cli.check_ops import CHECKS
+from deepops.cli.check_types import Comparison, OpCheck, Setting
 from deepops.cli.errors import first_line
 
 LIMIT = 1.5  # the tolerance rule of deepops.testing

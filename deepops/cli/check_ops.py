@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,45 +18,9 @@ import deepops.functional
 import deepops.nn
 import deepops.optim
 from deepops import reference
+from deepops.cli.check_lstm import check_lstm, check_lstm_cell
+from deepops.cli.check_types import Comparison, OpCheck, Setting
 from deepops.testing import away_from_kinks, to_double
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and on what an op is checked."""
-
-    device: str
-    dtype: torch.dtype
-    layout: str  # "contiguous" or "channels_last"
-
-    def tensor(self, *shape: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """Random normal data of this setting, the same for every device."""
-        data = (scale * torch.randn(shape, generator=generator)).to(self.device, self.dtype)
-        if self.layout == "contiguous":
-            return data
-        return data.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
-
-
-class Comparison(NamedTuple):
-    """One result; the tolerance rule pools those of equal ``output``."""
-
-    name: str  # the case: "relu, residual"
-    output: str  # "y", "grad_x", ...
-    actual: Tensor
-    stock: Tensor
-    oracle: Tensor  # float64
-
-
-@dataclass(frozen=True)
-class OpCheck:
-    """An op (or one pass of it) and how to check it."""
-
-    op: str
-    kernel: str  # the name in torch.ops.deepops whose presence says that there is a kernel
-    compare: Callable[[Setting], Iterator[Comparison]]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    layouts: tuple[str, ...] = ("contiguous", "channels_last")
-
 
 # ---- batch_norm_act --------------------------------------------------------------------------------------------------
 
@@ -290,6 +253,8 @@ CHECKS: tuple[OpCheck, ...] = (
     OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(3)),
     OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(2, frozen=True)),
     OpCheck("conv_bn_act depthwise", "depthwise_bn_act_train", check_conv_bn_act(2, depthwise=True)),
+    OpCheck("lstm", "lstm_sequence", check_lstm, layouts=("contiguous",)),
+    OpCheck("lstm_cell", "lstm_cell", check_lstm_cell, layouts=("contiguous",)),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),
     OpCheck("adamw", "adam", check_optimizer("AdamW"), layouts=("contiguous",)),
     OpCheck("sgd", "sgd", check_optimizer("SGD"), layouts=("contiguous",)),

@@ -15,7 +15,7 @@ LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 
 
 class LSTMOptions(nn.Module):
-    """A mix-in before ``torch.nn.LSTM`` or ``torch.nn.LSTMCell``."""
+    """A mix-in before ``torch.nn.RNNBase`` or ``torch.nn.LSTMCell``."""
 
     input_size: int
     hidden_size: int

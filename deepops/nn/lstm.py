@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from deepops._checks import autocast_enabled, check_data
+from deepops._checks import check_data
 from deepops._explain import kernel_note
-from deepops._library import has_kernel
-from deepops._lstm import Weights, _choice, lstm_layer
+from deepops._lstm import _KERNEL_ON, Weights, _choice, autocasts, lstm_layer
 from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input, checked_lengths, derived_seed
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 Hidden = tuple[Tensor, Tensor]
 
 
-class LSTM(LSTMOptions, nn.LSTM):
+class LSTM(LSTMOptions, nn.RNNBase):
     """``torch.nn.LSTM`` with the same arguments, parameters, state_dict and results, and with variants of it.
 
     Each layer and direction is one op: the product of all inputs first, then step by step the recurrent product with
@@ -44,6 +43,9 @@ class LSTM(LSTMOptions, nn.LSTM):
     On the CPU 16-bit data is multiplied and added up in float32. Under autocast results have the dtypes of stock's.
     Where there is no kernel for a device the plain LSTM is torch's own, and variants run on plain PyTorch;
     ``deepops.explain(layer)`` says so. ``torch.jit.trace``, ``torch.export`` and ONNX export record torch's operations.
+
+    It is a ``torch.nn.RNNBase``, not a ``torch.nn.LSTM``: ``torch.compile`` breaks its graph at all of these and their
+    subclasses, and this one compiles with ``fullgraph=True``, one op per layer and direction, for any number of steps.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
@@ -72,6 +74,11 @@ class LSTM(LSTMOptions, nn.LSTM):
     (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
+    # What torch's own forward asks for beyond RNNBase.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+
     def __init__(
         self,
         input_size: int,
@@ -96,9 +103,8 @@ class LSTM(LSTMOptions, nn.LSTM):
         return_all_states: bool = False,
     ) -> None:
         """See the class."""
-        super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
-        )
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self._set_options(
             layer_norm,
             layer_norm_eps,
@@ -176,11 +182,11 @@ class LSTM(LSTMOptions, nn.LSTM):
         plain = self._is_plain() and lengths is None and not self.return_all_states
         recorded = is_recorded(data)
         if plain and recorded:
-            return cast("tuple[Any, ...]", super().forward(input, hx))
+            return self._as_torch(input, hx)
         check_data("input", data)
         path = _choice(data, plain, recorded)
         if path == "torch":
-            return cast("tuple[Any, ...]", super().forward(input, hx))
+            return self._as_torch(input, hx)
         run = _Run(self, path == "kernel", seed)
         if packed is not None:
             if lengths is not None:
@@ -199,6 +205,12 @@ class LSTM(LSTMOptions, nn.LSTM):
         elif self.batch_first:
             output, every = output.transpose(0, 1), tuple(state.transpose(1, 2) for state in every)
         return (output, last, every) if self.return_all_states else (output, last)
+
+    def _as_torch(self, input: Any, hx: Any) -> tuple[Any, ...]:
+        """What ``torch.nn.LSTM`` does with the same parameters."""
+        forward: Any = nn.LSTM.forward
+        results: tuple[Any, ...] = forward(self, input, hx)
+        return results
 
     def _forward_packed(self, run: _Run, packed: PackedSequence, hx: Hidden | None) -> tuple[Any, ...]:
         """Padded, in the order of the packed data, and packed again."""
@@ -233,7 +245,7 @@ class LSTM(LSTMOptions, nn.LSTM):
         places = self.num_layers * (2 if self.bidirectional else 1)
         h_size, c_size = (places, batch, self.proj_size or self.hidden_size), (places, batch, self.hidden_size)
         weight = self._named_weights(self._weight_names[0]).weight_ih
-        autocast = autocast_enabled(x)
+        autocast = autocasts(x)
         if x.dtype is not weight.dtype and not autocast:  # torch's own words
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -243,7 +255,9 @@ class LSTM(LSTMOptions, nn.LSTM):
             raise ValueError(f"input: expected device {weight.device}, where the parameters are, got {x.device}")
         if hx is None:
             h0 = x.new_zeros(h_size)
-            return h0, h0 if h_size == c_size else x.new_zeros(c_size)
+            # torch.compile takes no tensor twice
+            alike = h_size == c_size and not torch.compiler.is_compiling()
+            return h0, h0 if alike else x.new_zeros(c_size)
         h0, c0 = as_pair(hx)
         rank = 3 if batched else 2
         if h0.dim() != rank or c0.dim() != rank:
@@ -264,10 +278,10 @@ class LSTM(LSTMOptions, nn.LSTM):
 
     def _explain(self) -> str:
         device = self._named_weights(self._weight_names[0]).weight_ih.device.type
-        if has_kernel("lstm_sequence", device):
+        if _KERNEL_ON.get(device):
             return f"fused: one op per layer and direction: {kernel_note('lstm_sequence', device)}"
-        what = "torch's own LSTM" if self._is_plain() else "step by step in Python"
-        return f"not fused, {what}: {kernel_note('lstm_sequence', device)}"
+        what = "torch's own LSTM" if self._is_plain() else "step by step in plain PyTorch"
+        return f"not fused, {what}: there is no kernel for {device}"
 
 
 class _Run:
@@ -323,7 +337,7 @@ class _Run:
         everything. Then all is computed in that, and nothing is lost.
         """
         own = self.lstm._named_weights(self.lstm._weight_names[0]).weight_ih.dtype
-        if not autocast_enabled(x):
+        if not autocasts(x):
             return None, own, own
         lower = own if own is torch.float64 else torch.get_autocast_dtype(x.device.type)
         if not x.is_cpu or not (packed or self.lstm.proj_size):
@@ -348,7 +362,7 @@ def _pair(states: tuple[Tensor, ...], batch: int) -> Any:
     return tuple(state.squeeze(batch) for state in states)
 
 
-def _arguments(lstm: nn.LSTM) -> tuple[int, int, int, bool, bool, float, bool, int]:
+def _arguments(lstm: nn.RNNBase) -> tuple[int, int, int, bool, bool, float, bool, int]:
     """Arguments of the constructor, up to ``proj_size``."""
     return (
         lstm.input_size,
@@ -362,7 +376,7 @@ def _arguments(lstm: nn.LSTM) -> tuple[int, int, int, bool, bool, float, bool, i
     )
 
 
-def _share(source: nn.LSTM, target: nn.LSTM) -> None:
+def _share(source: nn.RNNBase, target: nn.RNNBase) -> None:
     """Make ``target`` hold the very parameters of ``source``, and its mode."""
     target._parameters.update(source._parameters)
     target._init_flat_weights()
