@@ -76,7 +76,7 @@ def test_variants(variant, backend):
 
 def test_pairs_of_variants(backend):
     pools = LstmPools()
-    for options, _ in product(pairwise(FACTORS, lambda case: True), range(4)):
+    for options, _ in product(pairwise(FACTORS, lambda case: True), range(10)):
         pools.add(make_case(batch=7, **options), str(options))
     pools.check()
 

@@ -68,14 +68,14 @@ def test_launches_with_layer_norm():
 
 
 def test_launches_with_a_projection():
-    """One more a step where h is not what the projection gives; the gradient that goes into it is always made."""
-    plain = make_case(STEPS, 3, 16, projection=True)
-    forwards, backwards = launches(plain)
-    assert names(forwards) == Counter(lstm_forward=STEPS, lstm_state=1)  # h_n
-    assert names(backwards) == Counter(lstm_backward=STEPS, lstm_state=STEPS + 1)
-    for options in ({"zoneout_h": 0.5}, {"lengths": True}):
-        assert names(launches(make_case(STEPS, 3, 16, projection=True, **options))[0])["lstm_state"] == STEPS
-    assert names(launches(make_case(STEPS, 3, 16, projection=True, hidden_dropout=0.5))[0])["lstm_state"] == STEPS + 1
+    """One more a step where h is not just what the projection gives. Else for h_n, for its gradient and that of h0."""
+    forwards, backwards = launches(make_case(STEPS, 3, 16, projection=True))
+    assert names(forwards) == Counter(lstm_forward=STEPS, lstm_state=1)
+    assert names(backwards) == Counter(lstm_backward=STEPS, lstm_state=2)
+    for options, more in (({"zoneout_h": 0.5}, 0), ({"lengths": True}, 0), ({"hidden_dropout": 0.5}, 1)):
+        forwards, backwards = launches(make_case(STEPS, 3, 16, projection=True, **options))
+        assert names(forwards) == Counter(lstm_forward=STEPS, lstm_state=STEPS + more)
+        assert names(backwards) == Counter(lstm_backward=STEPS, lstm_state=STEPS + 1)
 
 
 def test_nothing_launches_nothing():

@@ -1,8 +1,19 @@
 // lstm_sequence_backward on CUDA: memory of a call and its loop over steps.
 #pragma once
 #include "lstm/gpu_launches.h"
+// after gpu.cuh
+#include <torch/csrc/stable/ops.h>
 
 namespace deepops::isa_gpu::lstm {
+
+// A gradient that is not given is 0.
+inline void copy_or_zero(Tensor& to, const OptionalTensor& from) {
+  if (from.has_value()) {
+    torch::stable::copy_(to, *from);
+  } else {
+    torch::stable::zero_(to);
+  }
+}
 
 struct Backward {
   const LstmShape& p;
@@ -48,6 +59,10 @@ struct Backward {
   void clear() {
     for (Tensor* tensor : {&grad_peephole, &grad_ln_hh, &grad_ln_c, &grad_bias_ln_c}) torch::stable::zero_(*tensor);
   }
+
+  // What goes into the projection's backward is grad_h and the product that comes from the step after, and no more: the
+  // product is added to a copy of grad_h.
+  bool adds_to_grad_h() const { return p.projects && p.zoneout_h == 0 && !p.masks_hidden && !p.has_lengths; }
 
   template <class T>
   void run(gpu::Stream stream) const;
@@ -121,17 +136,23 @@ void Backward::run(gpu::Stream stream) const {
                {input<T>(grad_h), input<T>(grad_c), input<T>(grad_h_n), input<T>(grad_c_n), input<T>(gates),
                 input<T>(c), input<T>(r), input<T>(a.c0), input<T>(a.weight_peephole), input<T>(a.weight_ln_hh),
                 input<T>(a.weight_ln_c), input<T>(a.bias_ln_c), input<T>(a.hidden_mask)});
+  Tensor into_projection = grad_out;
+  if (adds_to_grad_h()) copy_or_zero(into_projection, grad_h);
   for (int64_t n = p.steps - 1; n >= 0; --n) {
     const int64_t t = p.step(n), before = n == 0 ? -1 : p.step(n - 1);
     const bool first = n == p.steps - 1;
     if (p.projects) {
-      launch_state(state_of<T>(StateWork::backward, t, first), stream);
+      if (first || !adds_to_grad_h()) launch_state(state_of<T>(StateWork::backward, t, first), stream);
       gpu::multiply(projected, view(grad_out, t * p.batch * p.state, p.batch, p.state), *a.weight_hr);
     }
     const BackwardStep<T> step = step_of<T>(t, before, first);
     launch_backward(step, packs, p.normalizes, stream);
-    gpu::multiply(product, view(p.normalizes ? grad_r : grad_gates, t * p.batch * p.gates(), p.batch, p.gates()),
-                  a.weight_hh);
+    const Tensor grad = view(p.normalizes ? grad_r : grad_gates, t * p.batch * p.gates(), p.batch, p.gates());
+    if (n == 0 || !adds_to_grad_h()) {
+      gpu::multiply(product, grad, a.weight_hh);
+      continue;
+    }
+    gpu::multiply_add(view(grad_out, before * p.batch * p.state, p.batch, p.state), grad, a.weight_hh);
   }
   launch_state(state_of<T>(StateWork::close, p.reverse ? p.steps : -1, false), stream);
   const auto finish = [&](const Tensor& from, int64_t first, int64_t count, const Tensor& to) {

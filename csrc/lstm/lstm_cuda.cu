@@ -43,15 +43,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> seque
   return {call.h, call.c, call.h_n, call.c_n, call.gates, call.out, call.r, call.stats};
 }
 
-// What came for the last state, or 0.
-void copy_or_zero(Tensor& to, const OptionalTensor& from) {
-  if (from.has_value()) {
-    torch::stable::copy_(to, *from);
-  } else {
-    torch::stable::zero_(to);
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sequence_backward(
     OptionalTensor grad_h, OptionalTensor grad_c, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor gates,
     Tensor c, Tensor r, Tensor stats, Tensor c0, Tensor weight_hh, OptionalTensor weight_hr,
