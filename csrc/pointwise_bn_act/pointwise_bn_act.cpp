@@ -227,8 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(
   check_train(p, x, {}, weight, bias, running_mean, running_var, num_batches_tracked);
   StoredVectors statistics(p, x);  // mean and invstd
   const double factor = count_batch(num_batches_tracked, momentum);
-  const int64_t sizes[] = {1 + p.inputs, p.inputs}, strides[] = {p.inputs, 1};
-  Tensor moments = core::empty_vector(sizes[0] * sizes[1], ScalarType::Double, x);
+  Tensor moments = core::empty_vector((1 + p.inputs) * p.inputs, ScalarType::Double, x);
   Tensor bits = core::empty_vector(save && has_two_slopes(p) ? p.rows() * p.bits_per_row() : 0, ScalarType::Short, x);
   const OutputLayout layout(p, x);
   Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);

@@ -227,11 +227,11 @@ DEEPOPS_INLINE void add_to_grad_x(const Problem& p, const Arguments& args, const
   const S* const weight = static_cast<const S*>(args.backward_weight) + piece.first * slots + column;
   for (int64_t top = 0; top < piece.count; top += TileShape<S>::kRows) {
     S* const at = to + top * slots + column;
-    multiply_tile<S, lanes, false>(
-        piece.g + top * kWidestPanel, kWidestPanel, weight, slots, kLanes, columns,
-        [&](int r, int j) __attribute__((always_inline)) { return load_lanes(at + r * slots + j * kLanes); },
-        [&](int r, int j, const Lanes<S>& sum)
-            __attribute__((always_inline)) { store_lanes(at + r * slots + j * kLanes, sum); });
+    multiply_tile<S, lanes, false>(piece.g + top * kWidestPanel, kWidestPanel, weight, slots, kLanes, columns, zero<S>,
+                                   [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
+                                     S* const sums = at + r * slots + j * kLanes;
+                                     store_lanes(sums, load_lanes(sums) + sum);
+                                   });
   }
 }
 
