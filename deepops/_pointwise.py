@@ -23,12 +23,60 @@ Options = tuple[float | None, float, str, float]
 
 _KERNEL = has_kernel("pointwise_bn_act_train", "cpu")
 _PLAIN = (Tensor, torch.nn.Parameter)
+# The ReLU family, whose derivative is one of two numbers: a bit a value says which.
+_TWO_SLOPES = ("relu", "relu6", "leaky_relu", "identity")
+# Where the op was measured to be faster than torch's convolution followed by batch norm and activation in one pass
+# (benchmarks/bench_pointwise_bn_act.py). Other activations need the convolution computed twice.
+LEAST_CHANNELS, MOST_CHANNELS, MOST_CHANNELS_COMPUTED_AGAIN, LEAST_EXPANSION = 8, 64, 32, 3
+# Below, what is done with the weights alone costs as much as the data; and grad_x is the small rest of a difference.
+LEAST_ROWS = 256
+
+
+def expands(
+    conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int, activation: str
+) -> bool:
+    """Whether the op takes such a convolution: 1x1 filters, stride 1, no padding, one group, enough expansion.
+
+    It takes those from 8 to 64 channels, or to 32 for activations other than the ReLU family and identity, to at least
+    three times as many.
+    """
+    if conv_weight.dim() != 4 or groups != 1:
+        return False
+    outputs, inputs, height, width = conv_weight.shape
+    most = MOST_CHANNELS if activation in _TWO_SLOPES else MOST_CHANNELS_COMPUTED_AGAIN
+    if not (height == width == 1 and LEAST_CHANNELS <= inputs <= most and outputs >= LEAST_EXPANSION * inputs):
+        return False
+    strides, dilations = per_dimension(stride, conv_weight), per_dimension(dilation, conv_weight)
+    padded = not isinstance(padding, str) and any(per_dimension(padding, conv_weight))
+    return not padded and all(step == 1 for step in strides) and all(step >= 1 for step in dilations)
 
 
 def applies(
-    x: Tensor, conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int
+    x: Tensor, conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int, activation: str
 ) -> bool:
-    return False
+    """Whether the op takes a call: a convolution that ``expands``, fp32 or fp64 without autocast, channels_last, CPU.
+
+    And 256 values per channel or more.
+    """
+    return (
+        _KERNEL
+        and expands(conv_weight, stride, padding, dilation, groups, activation)
+        and type(conv_weight) in _PLAIN  # subclasses may mean anything by their memory
+        and type(x) in _PLAIN
+        and x.is_cpu
+        and conv_weight.is_cpu
+        and x.dtype is conv_weight.dtype
+        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+        and x.numel() >= LEAST_ROWS * x.size(1)
+        and not autocast_enabled(x)
+    )
+
+
+def shaped_as_output(conv_weight: Tensor) -> Tensor:
+    """A tensor with what the per-channel vectors have to go with: the number of channels, the dtype, the device."""
+    return conv_weight.detach().reshape(1, conv_weight.size(0), conv_weight.size(1), 1)
 
 
 def pointwise_bn_act(

@@ -24,7 +24,8 @@ namespace {
 constexpr int64_t kLanes = PointwiseProblem::kLanes;
 constexpr int64_t kMostItems = 32, kRowsOfItem = 10 * PointwiseProblem::kBlock;
 constexpr int64_t kValuesPerThread = 8192;  // of z: less work than this does not pay for waking a thread
-constexpr int64_t kSamples = 8;
+constexpr int64_t kStreamAbove = 16 << 20;  // bytes of y that do not stay in the cache anyway
+constexpr int64_t kSamples = 8, kVectorBytes = 64;
 
 const PointwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(pointwise_kernels); }
 
@@ -65,6 +66,19 @@ struct OutputLayout {
       : sizes{p.batch, p.channels, x.size(2), x.size(3)},
         strides{p.inner * p.channels, 1, x.size(3) * p.channels, p.channels} {}
 };
+
+void check_kept(const PointwiseProblem& p, const Tensor& x, const Tensor& grad_y, const Tensor& moments,
+                const Tensor& bits) {
+  constexpr const char* kOp = "pointwise_bn_act_backward";
+  core::check_cpu(grad_y, kOp, "grad_y");
+  const OutputLayout layout(p, x);
+  bool same = grad_y.dim() == 4 && grad_y.scalar_type() == x.scalar_type();
+  for (int64_t d = 0; same && d < 4; ++d)
+    same = grad_y.size(d) == layout.sizes[d] && (grad_y.size(d) == 1 || grad_y.stride(d) == layout.strides[d]);
+  STD_TORCH_CHECK(same, kOp, ": grad_y must have the shape of the output and the dtype of x, channels_last");
+  core::check_vector(moments, (1 + p.inputs) * p.inputs, ScalarType::Double, x, kOp, "moments");
+  core::check_vector(bits, has_two_slopes(p) ? p.rows() * p.bits_per_row() : 0, ScalarType::Short, x, kOp, "bits");
+}
 
 // ---- numbers between tensors and kernels ----------------------------------------------------------------------------
 
@@ -125,23 +139,31 @@ struct Affine {
     const int64_t slots = p.input_slots();
     for (int64_t c = 0; c < slots; ++c) center.set(c, c < p.inputs ? means[c] : 0);
     for (int64_t k = 0; k < p.slots(); ++k) {
-      const double scale = k < p.channels ? scales[k] : 0;
       double shift = 0;
-      for (int64_t c = 0; c < slots; ++c) {
-        const double weight = filter[k * slots + c];
-        backward_weight.set(k * slots + c, scale * weight);
-        if (c >= p.inputs) continue;
-        forward_weight.set((k / kLanes * p.inputs + c) * kLanes + k % kLanes, scale * weight);
-        shift += weight * (center[c] - means[c]);
-      }
-      bias.set(k, k < p.channels ? biases[k] + scale * shift : 0);
+      for (int64_t c = 0; c < p.inputs; ++c) shift += filter[k * slots + c] * (center[c] - means[c]);
+      bias.set(k, k < p.channels ? biases[k] + scales[k] * shift : 0);
     }
+    p.dtype == DataType::f64 ? scale<double>(p, filter, scales) : scale<float>(p, filter, scales);
   }
   void give(PointwiseArguments& args) {
     args.center = center.data();
     args.forward_weight = forward_weight.data();
     args.backward_weight = backward_weight.data();
     args.bias = bias.data();
+  }
+
+ private:
+  template <class S>
+  void scale(const PointwiseProblem& p, const Values& filter, const Values& scales) {
+    S* const by_rows = static_cast<S*>(backward_weight.data());
+    S* const by_lanes = static_cast<S*>(forward_weight.data());
+    for (int64_t k = 0, slots = p.input_slots(); k < p.slots(); ++k) {
+      const double factor = k < p.channels ? scales[k] : 0;
+      S* const row = by_rows + k * slots;
+      for (int64_t c = 0; c < slots; ++c) row[c] = static_cast<S>(factor * filter[k * slots + c]);
+      S* const lane = by_lanes + k / kLanes * kLanes * p.inputs + k % kLanes;
+      for (int64_t c = 0; c < p.inputs; ++c) lane[c * kLanes] = row[c];
+    }
   }
 };
 
@@ -237,6 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(
   PointwiseArguments args{};
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
+  args.stream = y.numel() * y.element_size() >= kStreamAbove && p.channels % kLanes == 0 &&
+                reinterpret_cast<uintptr_t>(args.y) % kVectorBytes == 0;
   args.bits = bits.numel() ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
   auto* const moment_data = static_cast<double*>(moments.mutable_data_ptr());
   take_moments(p, args, workers, moment_data, scratch);
@@ -270,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   const PointwiseProblem p = problem_of(x, conv_weight, activation, negative_slope);
   check_affine(p, x, weight, bias, "pointwise_bn_act_backward");
   check_statistics(p, x, mean, invstd, "pointwise_bn_act_backward");
+  check_kept(p, x, grad_y, moments, bits);
   Tensor grad_x = core::pooled_empty_like_if(need_x, x);
   Tensor grad_conv_weight = core::empty_like_if(need_conv_weight, conv_weight);
   StoredVectors affine_grads(p, x, need_affine);  // of weight and bias

@@ -207,14 +207,21 @@ DEEPOPS_INLINE void panel_of_g(const Problem& p, const Arguments& args, const Pi
   }
 }
 
-// The sums of (x - center)^T g.
+// The sums of (x - center)^T g, in two chains: their rounding errors are those of sums half as long.
 template <class S, int lanes>
 DEEPOPS_INLINE void add_products(const Problem& p, const Piece<S>& piece) {
+  constexpr int64_t kHalf = kBlock / 2;
+  const int64_t slots = p.input_slots();
+  Lanes<S> first[TileShape<S>::kRows][lanes];
   for (int64_t c = 0; c < p.inputs; c += TileShape<S>::kRows) {
     double* const to = piece.sums + (1 + c) * p.slots() + piece.first;
-    multiply_tile<S, lanes, true>(piece.block + c, p.input_slots(), piece.g, kWidestPanel, kLanes, kBlock, zero<S>,
+    multiply_tile<S, lanes, true>(
+        piece.block + c, slots, piece.g, kWidestPanel, kLanes, kHalf, zero<S>,
+        [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) { first[r][j] = sum; });
+    multiply_tile<S, lanes, true>(piece.block + kHalf * slots + c, slots, piece.g + kHalf * kWidestPanel, kWidestPanel,
+                                  kLanes, kHalf, zero<S>,
                                   [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
-                                    if (c + r < p.inputs) add_to(to + r * p.slots() + j * kLanes, sum);
+                                    if (c + r < p.inputs) add_to(to + r * p.slots() + j * kLanes, first[r][j] + sum);
                                   });
   }
 }
