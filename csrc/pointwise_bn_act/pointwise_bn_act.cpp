@@ -241,6 +241,21 @@ double dot(const PointwiseProblem& p, const Values& a, const Values& b, int64_t 
   return sum;
 }
 
+// Whether some z is so small a difference of large terms that (x - mean) M, their sum over all z, has to be taken in
+// double. Its error in grad_x was 1.3 times stock's otherwise, at 1e4; it is a third with it.
+bool cancels(const PointwiseProblem& p, const Values& filter, const double* moments, const Values& invstds) {
+  constexpr double kOrdinary = 1024;  // (sum |w| sigma)^2 / (var + eps); of independent inputs about their number
+  for (int64_t k = 0; k < p.channels; ++k) {
+    double sum = 0;
+    for (int64_t c = 0; c < p.inputs; ++c) {
+      const double variance = moments[(1 + c) * p.inputs + c];
+      sum += std::abs(filter[k * p.input_slots() + c]) * std::sqrt(std::max(variance, 0.0));
+    }
+    if (sum * sum * invstds[k] * invstds[k] > kOrdinary) return true;
+  }
+  return false;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(
     Tensor x, Tensor conv_weight, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
     OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum, double eps,
@@ -284,6 +299,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(
   affine.give(args);
   workers.run(kernels().forward, args);
   return {y, statistics.first, statistics.second, moments, bits};
+}
+
+template <class S>
+void write_grad_filter(const PointwiseProblem& p, const Values& products, const Values& slopes, const Values& spread,
+                       const Values& scales, Tensor& grad) {
+  S* const to = static_cast<S*>(grad.mutable_data_ptr());
+  for (int64_t k = 0; k < p.channels; ++k)
+    for (int64_t c = 0; c < p.inputs; ++c) {
+      const int64_t at = k * p.input_slots() + c;
+      to[k * p.inputs + c] = static_cast<S>(scales[k] * (products[at] - slopes[k] * spread[at]));
+    }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x, Tensor conv_weight,
@@ -336,19 +362,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   }
   if (need_conv_weight) {
     const Values spread = times_covariance(p, filter, moment_data, scratch);
-    void* const to = grad_conv_weight.mutable_data_ptr();
-    for (int64_t k = 0; k < p.channels; ++k)
-      for (int64_t c = 0; c < p.inputs; ++c) {
-        const int64_t at = k * input_slots + c;
-        const double value = scales[k] * (products[at] - slopes[k] * spread[at]);
-        p.dtype == DataType::f64 ? void(static_cast<double*>(to)[k * p.inputs + c] = value)
-                                 : void(static_cast<float*>(to)[k * p.inputs + c] = static_cast<float>(value));
-      }
+    p.dtype == DataType::f64 ? write_grad_filter<double>(p, products, slopes, spread, scales, grad_conv_weight)
+                             : write_grad_filter<float>(p, products, slopes, spread, scales, grad_conv_weight);
   }
   if (need_x) {
     const double per_row = 1 / double(p.rows());
     const Values scaled = zeros(slots * input_slots, scratch), slope = scratch.take<double>(input_slots * input_slots);
-    const Values constant = zeros(input_slots, scratch);
+    const Values constant = zeros(input_slots, scratch), center = scratch.take<double>(input_slots);
     for (int64_t k = 0; k < p.channels; ++k)
       for (int64_t c = 0; c < p.inputs; ++c) {
         const int64_t at = k * input_slots + c;
@@ -356,12 +376,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
         constant[c] += scales[k] * sum_g[k] * per_row * filter[at];
       }
     kernels().product(filter.data(), true, scaled.data(), slope.data(), input_slots, input_slots, slots);
+    for (int64_t c = 0; c < input_slots; ++c) center[c] = affine.center[c];
     for (int64_t c = 0; c < p.inputs; ++c)  // x is centred on the rounded mean
-      for (int64_t d = 0; d < p.inputs; ++d)
-        constant[d] -= (x_means[c] - affine.center[c]) * slope[c * input_slots + d];
+      for (int64_t d = 0; d < p.inputs; ++d) constant[d] -= (x_means[c] - center[c]) * slope[c * input_slots + d];
+    args.exact = cancels(p, filter, moment_data, invstds);
     Numbers slope_numbers(p, slope, scratch), constant_numbers(p, constant, scratch);
-    args.slope = slope_numbers.data();
-    args.constant = constant_numbers.data();
+    args.center = args.exact ? center.data() : args.center;
+    args.slope = args.exact ? slope.data() : slope_numbers.data();
+    args.constant = args.exact ? constant.data() : constant_numbers.data();
     workers.run(kernels().finish, args);
   }
   for (int64_t k = 0; k < p.channels; ++k) sum_gz[k] *= invstds[k];

@@ -50,8 +50,9 @@ struct PointwiseArguments {
   const void* backward_weight;  // W', [slots][input slots]
   double* sums;                 // [items][1 + inputs][slots]: of g, of (x - center)^T g
   void* grad_x;                 // [rows, C], or null; g W' after `backward`
-  const void* slope;            // `finish`: [input slots][input slots]
-  const void* constant;         // [input slots]
+  bool exact;            // `finish` computes in double, and so are its numbers
+  const void* slope;     // [input slots][input slots]
+  const void* constant;  // [input slots]
 };
 
 // Passes over items [begin, end). workspace: of this thread, workspace_values(p) of the data's type.

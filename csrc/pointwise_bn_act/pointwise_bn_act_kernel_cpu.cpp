@@ -272,26 +272,37 @@ void backward(const Problem& p, const Arguments& args, void* workspace, int64_t 
   }
 }
 
-template <class S>
+inline Lanes<float> narrow(const Lanes<float>& value, float) { return value; }
+inline Lanes<double> narrow(const Lanes<double>& value, double) { return value; }
+inline Lanes<float> narrow(const Lanes<double>& value, float) {
+  Lanes<float> result;
+  for (int lane = 0; lane < kLanes; ++lane) result.set(lane, float(value[lane]));
+  return result;
+}
+
+// A: in which the product with `slope` is computed.
+template <class S, class A>
 void finish(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = TileShape<S>::kRows;
+  constexpr int64_t kRows = TileShape<A>::kRows;
   const int64_t slots = p.input_slots();
-  S* const block = static_cast<S*>(workspace);
-  const S *const slope = static_cast<const S*>(args.slope), *const constant = static_cast<const S*>(args.constant);
+  A* const block = static_cast<A*>(workspace);
+  const A *const slope = static_cast<const A*>(args.slope), *const constant = static_cast<const A*>(args.constant);
   for (int64_t item = begin; item < end; ++item)
     for_blocks(p, item, [&](int64_t row, int64_t count) {
-      load_block<S, S>(p, args.x, static_cast<const S*>(args.center), row, count, block);
-      for_panels<S>(slots, [&]<int lanes>(int64_t first) __attribute__((always_inline)) {
+      load_block<S, A>(p, args.x, static_cast<const A*>(args.center), row, count, block);
+      for_panels<A>(slots, [&]<int lanes>(int64_t first) __attribute__((always_inline)) {
         for (int64_t top = 0; top < count; top += kRows) {
           S* const grad_x = static_cast<S*>(args.grad_x) + (row + top) * p.inputs + first;
-          multiply_tile<S, lanes, false>(block + top * slots, slots, slope + first, slots, kLanes, p.inputs, zero<S>,
-                                         [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
-                                           if (top + r >= count) return;
-                                           S* const at = grad_x + r * p.inputs + j * kLanes;
-                                           const int64_t left = p.inputs - first - j * kLanes;
-                                           const Lanes<S> number = load_lanes(constant + first + j * kLanes);
-                                           store_first(at, load_first(at, left) - number - sum, left);
-                                         });
+          multiply_tile<A, lanes, false>(
+              block + top * slots, slots, slope + first, slots, kLanes, p.inputs, zero<A>,
+              [&](int r, int j, const Lanes<A>& sum) __attribute__((always_inline)) {
+                if (top + r >= count) return;
+                S* const at = grad_x + r * p.inputs + j * kLanes;
+                const int64_t left = p.inputs - first - j * kLanes;
+                const Lanes<A> number = load_lanes(constant + first + j * kLanes);
+                const Lanes<A> value = to_lanes_of(load_first(at, left), A()) - number - sum;
+                store_first(at, narrow(value, S()), left);
+              });
         }
       });
     });
@@ -337,7 +348,10 @@ void backward_any(const Problem& p, const Arguments& args, void* workspace, int6
 }
 
 void finish_any(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end) {
-  with_type(p, [&]<class S>() { finish<S>(p, args, workspace, begin, end); });
+  with_type(p, [&]<class S>() {
+    args.exact ? finish<S, double>(p, args, workspace, begin, end)
+                      : finish<S, S>(p, args, workspace, begin, end);
+  });
 }
 
 }  // namespace
