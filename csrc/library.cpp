@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
   // act(batch_norm(conv2d(x, conv_weight))) of a 1x1 convolution with batch statistics, channels_last, fp32 or fp64, on
   // the CPU; z, the convolution's result, is never stored. mean and invstd are those of z. moments: means of x and its
-  // covariances, [1 + C, C]. bits: on which side of its kink the activation was, for relu, leaky_relu and relu6; with
-  // `save` alone.
+  // covariances, [(1 + C) * C]. bits: on which side of its kink the activation was, for relu, leaky_relu and relu6;
+  // with `save` alone. The CPU's alone: on a GPU the products would be cuBLAS' and z would have to be stored for them.
   m.def(
       "pointwise_bn_act_train(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "

@@ -1,8 +1,8 @@
 // act(batch_norm(z)) in training, z the 1x1 convolution of x to more channels: types and kernel declarations of this
 // folder.
 //
-// x is a matrix [rows, C], z = x W^T is one [rows, K]. z is linear in x and batch norm's backward is affine in z, so all
-// that needs a pass over z elsewhere is had from x, which is smaller:
+// x is a matrix [rows, C], z = x W^T is one [rows, K]. z is linear in x and batch norm's backward is affine in z, so
+// all that needs a pass over z elsewhere is had from x, which is smaller:
 //   mean(z) = W mean(x),  var(z) = diag(W cov(x) W^T)
 //   y = act(x W'^T + b'),  W' = scale W
 //   g = grad_y act'(..),  P = g^T (x - mean(x)),  sum g (z - mean(z)) = diag(P W^T)
@@ -29,30 +29,30 @@ struct PointwiseProblem : BatchNormActShape {
 
   int64_t rows() const { return count(); }
   int64_t first_row(int64_t item) const { return item * rows() / items; }
-  int64_t slots() const { return (channels + kLanes - 1) / kLanes * kLanes; }        // K with padding
-  int64_t input_slots() const { return (inputs + kLanes - 1) / kLanes * kLanes; }    // C with padding
-  int64_t bits_per_row() const { return slots() / kLanes; }                          // words of 16 bits
+  int64_t slots() const { return (channels + kLanes - 1) / kLanes * kLanes; }      // K with padding
+  int64_t input_slots() const { return (inputs + kLanes - 1) / kLanes * kLanes; }  // C with padding
+  int64_t bits_per_row() const { return slots() / kLanes; }                        // words of 16 bits
 };
 
 // Numbers are float, or double for f64 data. Padding is 0.
 struct PointwiseArguments {
-  const void* x;           // [rows, C]
-  const void* center;      // [input slots]: of x
-  const void* forward_weight;   // W', [slots / 16][C][16]
-  const void* bias;             // [slots]: b'
-  const double* shift;     // `moments`: [input slots], near the mean of x
-  double* moments;         // [items][1 + input slots][input slots]: sums of d, of d d^T, d = x - shift
-  void* y;                 // [rows, K]
-  bool stream;             // store y past the caches; rows on vector boundaries
-  uint16_t* bits;          // [rows, bits_per_row], or null: written by `forward`, read by `backward`
+  const void* x;               // [rows, C]
+  const void* center;          // [input slots]: of x
+  const void* forward_weight;  // W', [slots / 16][C][16]
+  const void* bias;            // [slots]: b'
+  const double* shift;         // `moments`: [input slots], near the mean of x
+  double* moments;             // [items][1 + input slots][input slots]: sums of d, of d d^T, d = x - shift
+  void* y;                     // [rows, K]
+  bool stream;                 // store y past the caches; rows on vector boundaries
+  uint16_t* bits;              // [rows, bits_per_row], or null: written by `forward`, read by `backward`
   // backward
   const void* grad_y;           // [rows, K]
   const void* backward_weight;  // W', [slots][input slots]
   double* sums;                 // [items][1 + inputs][slots]: of g, of (x - center)^T g
   void* grad_x;                 // [rows, C], or null; g W' after `backward`
-  bool exact;            // `finish` computes in double, and so are its numbers
-  const void* slope;     // [input slots][input slots]
-  const void* constant;  // [input slots]
+  bool exact;                   // `finish` computes in double, and so are its numbers
+  const void* slope;            // [input slots][input slots]
+  const void* constant;         // [input slots]
 };
 
 // Passes over items [begin, end). workspace: of this thread, workspace_values(p) of the data's type.

@@ -133,20 +133,19 @@ void forward(const Problem& p, const Arguments& args, void* workspace, int64_t b
     for (int64_t top = 0; top < count; top += kRows) {
       S* const y = static_cast<S*>(args.y) + (row + top) * p.channels + first;
       uint16_t* const bits = args.bits ? args.bits + (row + top) * words + first / kLanes : nullptr;
-      multiply_tile<S, lanes, false>(
-          block + top * slots, slots, weight, kLanes, p.inputs * kLanes, p.inputs, zero<S>,
-          [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
-            if (top + r >= count) return;
-            const Lanes<S> u = sum + load_lanes(bias + first + j * kLanes);
-            S* const to = y + r * p.channels + j * kLanes;
-            if (args.stream) {
-              stream_lanes(to, act.forward(u));
-            } else {
-              store_first(to, act.forward(u), p.channels - first - j * kLanes);
-            }
-            if constexpr (kTwoSlopes<Act>)
-              if (bits) bits[r * words + j] = bits_of<S>(flat(act, u));
-          });
+      multiply_tile<S, lanes, false>(block + top * slots, slots, weight, kLanes, p.inputs * kLanes, p.inputs, zero<S>,
+                                     [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
+                                       if (top + r >= count) return;
+                                       const Lanes<S> u = sum + load_lanes(bias + first + j * kLanes);
+                                       S* const to = y + r * p.channels + j * kLanes;
+                                       if (args.stream) {
+                                         stream_lanes(to, act.forward(u));
+                                       } else {
+                                         store_first(to, act.forward(u), p.channels - first - j * kLanes);
+                                       }
+                                       if constexpr (kTwoSlopes<Act>)
+                                         if (bits) bits[r * words + j] = bits_of<S>(flat(act, u));
+                                     });
     }
   };
   for (int64_t item = begin; item < end; ++item)
@@ -215,9 +214,9 @@ DEEPOPS_INLINE void add_products(const Problem& p, const Piece<S>& piece) {
   Lanes<S> first[TileShape<S>::kRows][lanes];
   for (int64_t c = 0; c < p.inputs; c += TileShape<S>::kRows) {
     double* const to = piece.sums + (1 + c) * p.slots() + piece.first;
-    multiply_tile<S, lanes, true>(
-        piece.block + c, slots, piece.g, kWidestPanel, kLanes, kHalf, zero<S>,
-        [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) { first[r][j] = sum; });
+    multiply_tile<S, lanes, true>(piece.block + c, slots, piece.g, kWidestPanel, kLanes, kHalf, zero<S>,
+                                  [&](int r, int j, const Lanes<S>& sum)
+                                      __attribute__((always_inline)) { first[r][j] = sum; });
     multiply_tile<S, lanes, true>(piece.block + kHalf * slots + c, slots, piece.g + kHalf * kWidestPanel, kWidestPanel,
                                   kLanes, kHalf, zero<S>,
                                   [&](int r, int j, const Lanes<S>& sum) __attribute__((always_inline)) {
@@ -293,16 +292,15 @@ void finish(const Problem& p, const Arguments& args, void* workspace, int64_t be
       for_panels<A>(slots, [&]<int lanes>(int64_t first) __attribute__((always_inline)) {
         for (int64_t top = 0; top < count; top += kRows) {
           S* const grad_x = static_cast<S*>(args.grad_x) + (row + top) * p.inputs + first;
-          multiply_tile<A, lanes, false>(
-              block + top * slots, slots, slope + first, slots, kLanes, p.inputs, zero<A>,
-              [&](int r, int j, const Lanes<A>& sum) __attribute__((always_inline)) {
-                if (top + r >= count) return;
-                S* const at = grad_x + r * p.inputs + j * kLanes;
-                const int64_t left = p.inputs - first - j * kLanes;
-                const Lanes<A> number = load_lanes(constant + first + j * kLanes);
-                const Lanes<A> value = to_lanes_of(load_first(at, left), A()) - number - sum;
-                store_first(at, narrow(value, S()), left);
-              });
+          multiply_tile<A, lanes, false>(block + top * slots, slots, slope + first, slots, kLanes, p.inputs, zero<A>,
+                                         [&](int r, int j, const Lanes<A>& sum) __attribute__((always_inline)) {
+                                           if (top + r >= count) return;
+                                           S* const at = grad_x + r * p.inputs + j * kLanes;
+                                           const int64_t left = p.inputs - first - j * kLanes;
+                                           const Lanes<A> number = load_lanes(constant + first + j * kLanes);
+                                           const Lanes<A> value = to_lanes_of(load_first(at, left), A()) - number - sum;
+                                           store_first(at, narrow(value, S()), left);
+                                         });
         }
       });
     });
@@ -349,8 +347,7 @@ void backward_any(const Problem& p, const Arguments& args, void* workspace, int6
 
 void finish_any(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end) {
   with_type(p, [&]<class S>() {
-    args.exact ? finish<S, double>(p, args, workspace, begin, end)
-                      : finish<S, S>(p, args, workspace, begin, end);
+    args.exact ? finish<S, double>(p, args, workspace, begin, end) : finish<S, S>(p, args, workspace, begin, end);
   });
 }
 

@@ -24,8 +24,8 @@ struct TileShape {
 // each(r, j, sum of a[r, k] * b[k, 16 j ..] over k < size, from start(r, j) on) for a tile of kRows rows.
 // a: [rows, size] with rows `stride` apart, or, transposed, [size, rows]. b: rows `b_stride` apart, lanes `b_next`.
 template <class S, int lanes, bool transposed, class Start, class Each>
-DEEPOPS_INLINE void multiply_tile(const S* a, int64_t stride, const S* b, int64_t b_stride, int64_t b_next, int64_t size,
-                                  const Start& start, const Each& each) {
+DEEPOPS_INLINE void multiply_tile(const S* a, int64_t stride, const S* b, int64_t b_stride, int64_t b_next,
+                                  int64_t size, const Start& start, const Each& each) {
   constexpr int kRows = TileShape<S>::kRows;
   Lanes<S> sum[kRows][lanes];
   _Pragma("GCC unroll 8") for (int r = 0; r < kRows; ++r) {
@@ -83,8 +83,8 @@ DEEPOPS_INLINE uint16_t bits_of(const typename Lanes<S>::Mask& mask) {
 #if defined(__AVX512F__)
     part = sizeof(S) == 4 ? _mm512_movepi32_mask((__m512i)mask.part[p]) : _mm512_movepi64_mask((__m512i)mask.part[p]);
 #elif defined(__AVX2__)
-    part = uint32_t(sizeof(S) == 4 ? _mm256_movemask_ps((__m256)mask.part[p])
-                                   : _mm256_movemask_pd((__m256d)mask.part[p]));
+    part =
+        uint32_t(sizeof(S) == 4 ? _mm256_movemask_ps((__m256)mask.part[p]) : _mm256_movemask_pd((__m256d)mask.part[p]));
 #elif defined(__SSE2__)
     part = uint32_t(sizeof(S) == 4 ? _mm_movemask_ps((__m128)mask.part[p]) : _mm_movemask_pd((__m128d)mask.part[p]));
 #else

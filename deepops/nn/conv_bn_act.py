@@ -207,8 +207,8 @@ class ConvBNAct2d(_ConvBNAct):
 
     Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
     input, the weights and the convolution's output (stock modules keep the activation's output too); not even that of a
-    depthwise convolution in channels_last on the CPU, which is one op with the rest (conditions: see
-    :func:`deepops.functional.conv_bn_act`).
+    depthwise or an expanding 1x1 convolution in channels_last on the CPU, which is one op with the rest (conditions:
+    see :func:`deepops.functional.conv_bn_act`).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
     the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,
