@@ -91,6 +91,19 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor c_before, Tensor packed, "
       "Tensor? weight_peephole, float? cell_clip, int input_size, bool need_x, bool need_h) -> "
       "(Tensor grad_gates, Tensor grad_x, Tensor grad_h, Tensor grad_c, Tensor grad_weight_peephole)");
+  // act(batch_norm(conv2d(x, conv_weight))) of a 1x1 convolution with batch statistics, channels_last, fp32 or fp64, on
+  // the CPU; z, the convolution's result, is never stored. mean and invstd are those of z. moments: means of x and its
+  // covariances, [(1 + C) * C]. bits: on which side of its kink the activation was, for relu, leaky_relu and relu6;
+  // with `save` alone. The CPU's alone: on a GPU the products would be cuBLAS' and z would have to be stored for them.
+  m.def(
+      "pointwise_bn_act_train(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
+      "float negative_slope, bool save) -> (Tensor y, Tensor mean, Tensor invstd, Tensor moments, Tensor bits)");
+  m.def(
+      "pointwise_bn_act_backward(Tensor grad_y, Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, Tensor moments, Tensor bits, str activation, float negative_slope, bool need_x, "
+      "bool need_conv_weight, bool need_affine) -> "
+      "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

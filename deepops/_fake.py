@@ -160,6 +160,53 @@ def _depthwise_bn_act_backward(
     return grad_x, torch.empty_like(conv_weight) if need_conv_weight else x.new_empty(0), affine(), affine()
 
 
+def _pointwise_bn_act_train(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels, inputs = conv_weight.shape[:2]
+    y = x.new_empty([x.size(0), channels, *x.shape[2:]]).contiguous(memory_format=torch.channels_last)
+    statistics = x.new_empty(channels, dtype=statistics_dtype(x.dtype))
+    moments = x.new_empty((1 + inputs) * inputs, dtype=torch.float64)
+    words = (x.numel() // inputs) * ((channels + 15) // 16)
+    two_slopes = activation in ("relu", "relu6", "leaky_relu")
+    bits = x.new_empty(words if save and two_slopes else 0, dtype=torch.int16)
+    return y, statistics, torch.empty_like(statistics), moments, bits
+
+
+def _pointwise_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    moments: Tensor,
+    bits: Tensor,
+    activation: str,
+    negative_slope: float,
+    need_x: bool,
+    need_conv_weight: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def affine() -> Tensor:
+        return x.new_empty(conv_weight.size(0) if need_affine else 0, dtype=statistics_dtype(x.dtype))
+
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    return grad_x, torch.empty_like(conv_weight) if need_conv_weight else x.new_empty(0), affine(), affine()
+
+
 def _adam(
     params: list[Tensor],
     grads: list[Tensor],
@@ -226,6 +273,8 @@ def register() -> None:
     torch.library.register_fake("deepops::batch_norm_act_input_grad", _batch_norm_act_input_grad)
     torch.library.register_fake("deepops::depthwise_bn_act_train", _depthwise_bn_act_train)
     torch.library.register_fake("deepops::depthwise_bn_act_backward", _depthwise_bn_act_backward)
+    torch.library.register_fake("deepops::pointwise_bn_act_train", _pointwise_bn_act_train)
+    torch.library.register_fake("deepops::pointwise_bn_act_backward", _pointwise_bn_act_backward)
     _fake_lstm.register()
     torch.library.register_fake("deepops::adam", _adam)
     torch.library.register_fake("deepops::sgd", _sgd)

@@ -32,6 +32,7 @@ from deepops._convolution import convolution
 from deepops._depthwise import depthwise_bn_act, geometry_of
 from deepops._folding import conv_act, fold, folds_with_gradients
 from deepops._lstm_functional import lstm, lstm_cell
+from deepops._pointwise import applies, pointwise_bn_act, shaped_as_output
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -151,6 +152,11 @@ def conv_bn_act(
     on the CPU, without residual, autocast, compilation or ``torch.func``, is one op with the rest. It computes the
     convolution again wherever it needs it: the backward then keeps nothing of the size of the output.
 
+    So is, under the same conditions, an expanding 1x1 convolution without stride and padding, from 8 to 64 channels (32
+    for activations other than identity and the ReLU family) to at least three times as many, with 256 values or more
+    per channel. Its result is never stored, as its statistics follow from the covariances of ``x``, and the backward
+    keeps a bit per value of the output for the ReLU family, nothing for other activations.
+
     Args:
         x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.
         conv_weight: ``[K, C / groups, *kernel_size]``, dtype of ``x``.
@@ -183,6 +189,13 @@ def conv_bn_act(
         if depthwise and fit(x, None, weight, bias, *statistics, training, momentum, eps):
             options = (depthwise, momentum, eps, name_in_op(activation, approximate), negative_slope)
             y = depthwise_bn_act(x, conv_weight, shift, weight, bias, statistics, options)
+            after_training(*statistics, shift, momentum)
+            return y
+        if applies(x, conv_weight, *geometry, activation) and fit(
+            shaped_as_output(conv_weight), None, weight, bias, *statistics, training, momentum, eps
+        ):
+            numbers = (momentum, eps, name_in_op(activation, approximate), negative_slope)
+            y = pointwise_bn_act(x, conv_weight, shift, weight, bias, statistics, numbers)
             after_training(*statistics, shift, momentum)
             return y
     y = convolution(x, conv_weight, None if training else conv_bias, *geometry)

@@ -111,30 +111,34 @@ _CONVOLUTIONS = {
 
 
 def check_conv_bn_act(
-    dims: int, frozen: bool = False, depthwise: bool = False
+    dims: int, frozen: bool = False, depthwise: bool = False, expanding: bool = False
 ) -> Callable[[Setting], Iterator[Comparison]]:
     """A step and an evaluation of ConvBNReLU beside convolution, batch norm and ReLU; 16 bits by autocast.
 
     ``frozen``: by running statistics, and without gradients of batch norm's parameters. ``depthwise``: with one filter
-    per channel, which is an op of its own for fp32 in channels_last.
+    per channel, which is an op of its own for fp32 in channels_last; so is ``expanding``, a 1x1 convolution.
     """
 
     def compare(setting: Setting) -> Iterator[Comparison]:
         for seed in range(3):
-            yield from _conv_bn_act(setting, seed, dims, frozen, depthwise)
+            yield from _conv_bn_act(setting, seed, dims, frozen, depthwise, expanding)
 
     return compare
 
 
-def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool, depthwise: bool) -> Iterator[Comparison]:
+def _conv_bn_act(
+    setting: Setting, seed: int, dims: int, frozen: bool, depthwise: bool, expanding: bool
+) -> Iterator[Comparison]:
     our_class, conv_class, norm_class, size = _CONVOLUTIONS[dims]
     inputs, groups = (19, 19) if depthwise else (8, 1)
+    outputs, kernel = (40, 1) if expanding else (19, 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conv, norm = conv_class(inputs, 19, 3, padding=1, groups=groups, bias=False), norm_class(19)
+        conv = conv_class(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+        norm = norm_class(outputs)
         if frozen:  # statistics that are not the initial ones
             norm(conv(torch.randn(6, 8, *size) * 2 + 1))
-    ours = our_class(inputs, 19, 3, padding=1, groups=groups)
+    ours = our_class(inputs, outputs, kernel, padding=kernel // 2, groups=groups)
     ours.conv.load_state_dict(conv.state_dict())
     ours.bn.load_state_dict(norm.state_dict())
     exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
@@ -149,7 +153,7 @@ def _conv_bn_act(setting: Setting, seed: int, dims: int, frozen: bool, depthwise
     generator = torch.Generator().manual_seed(seed)
     # Not centered, as images are not: the running mean is then a number of weight, not what rounding left of zero.
     x = Setting(setting.device, torch.float32, setting.layout).tensor(6, inputs, *size, generator=generator) + 1
-    noise = torch.randn(6, 19, *size, generator=generator).to(setting.device)
+    noise = torch.randn(6, outputs, *size, generator=generator).to(setting.device)
     with torch.no_grad():
         statistics = (exact_norm.running_mean, exact_norm.running_var) if frozen else (None, None)
         before = F.batch_norm(exact_conv(x.double()), *statistics, training=not frozen)
@@ -253,6 +257,7 @@ CHECKS: tuple[OpCheck, ...] = (
     OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(3)),
     OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(2, frozen=True)),
     OpCheck("conv_bn_act depthwise", "depthwise_bn_act_train", check_conv_bn_act(2, depthwise=True)),
+    OpCheck("conv_bn_act expanding 1x1", "pointwise_bn_act_train", check_conv_bn_act(2, expanding=True)),
     OpCheck("lstm", "lstm_sequence", check_lstm, layouts=("contiguous",)),
     OpCheck("lstm_cell", "lstm_cell", check_lstm_cell, layouts=("contiguous",)),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),

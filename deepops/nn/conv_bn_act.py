@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from deepops import functional
 from deepops._checks import Size, check_convolution, check_data
 from deepops._explain import kernel_note
+from deepops._pointwise import expands
 from deepops.nn._activation import as_activation
 from deepops.nn._folding import FoldedWeights, folded_forward, folds
 from deepops.nn._tools import is_recorded, shared_with
@@ -191,6 +192,9 @@ class _ConvBNAct(nn.Module):
         if batch_norm_state(self.bn)[3]:
             if depthwise and self.conv.weight.dim() == 4 and device == "cpu":
                 return f"fused: one op for fp32 and fp64 in channels_last, from 16 channels on; else {one_pass}"
+            geometry = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
+            if device == "cpu" and expands(self.conv.weight, *geometry, self.activation):
+                return f"fused: one op for fp32 and fp64 in channels_last, statistics by covariances; else {one_pass}"
             return f"fused: {one_pass}"
         folded = "fused, by running statistics: one convolution with weights folded once"
         if any(parameter.requires_grad for parameter in self.bn.parameters()):
@@ -203,8 +207,8 @@ class ConvBNAct2d(_ConvBNAct):
 
     Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
     input, the weights and the convolution's output (stock modules keep the activation's output too); not even that of a
-    depthwise convolution in channels_last on the CPU, which is one op with the rest (conditions: see
-    :func:`deepops.functional.conv_bn_act`).
+    depthwise or an expanding 1x1 convolution in channels_last on the CPU, which is one op with the rest (conditions:
+    see :func:`deepops.functional.conv_bn_act`).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
     the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,

@@ -2,5 +2,6 @@
 
 from deepops.reference.batch_norm_act import ACTIVATIONS, activation, batch_norm_act
 from deepops.reference.depthwise_bn_act import depthwise_bn_act
+from deepops.reference.pointwise_bn_act import pointwise_bn_act
 
-__all__ = ["ACTIVATIONS", "activation", "batch_norm_act", "depthwise_bn_act"]
+__all__ = ["ACTIVATIONS", "activation", "batch_norm_act", "depthwise_bn_act", "pointwise_bn_act"]
