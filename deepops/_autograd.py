@@ -99,11 +99,12 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
-        x, kept, weight, bias, mean, invstd = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes them when asked
+        x, kept, weight, bias, mean, invstd = saved
         training, _, _, activation, negative_slope = ctx.options
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = differentiable_backward(ctx, grad_y)
+            grads = differentiable_backward(ctx, saved, grad_y)
         else:
             grad_y = laid_out_as(grad_y, x)
             grads = torch.ops.deepops.batch_norm_act_backward.default(
@@ -153,13 +154,15 @@ def derivative_from_output(activation: str, negative_slope: float) -> bool:
     return activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope >= 0)
 
 
-def differentiable_backward(ctx: Any, grad_y: Tensor, process_group: ProcessGroup | None = None) -> list[Grad]:
+def differentiable_backward(
+    ctx: Any, saved: Sequence[Any], grad_y: Tensor, process_group: ProcessGroup | None = None
+) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``).
 
     Forward in plain PyTorch on the saved tensors, then ``torch.autograd.grad``. Where the output was kept in place of
     the residual, the activation is a multiplication with its (piecewise constant) derivative.
     """
-    x, kept, weight, bias, mean, invstd, *_ = ctx.saved_tensors
+    x, kept, weight, bias, mean, invstd, *_ = aliases(saved)
     training, _, eps, activation, negative_slope = ctx.options
     from_output = kept is not None and derivative_from_output(activation, negative_slope)
     residual = None if from_output else kept
@@ -193,6 +196,15 @@ def differentiable_backward(ctx: Any, grad_y: Tensor, process_group: ProcessGrou
     grads = differentiate(ctx, z, [x, residual, weight, bias], grad_y)
     grads[1] = grad_residual if grad_residual is not None else grads[1]
     return grads
+
+
+def aliases(tensors: Sequence[Any]) -> list[Any]:
+    """Other names for the same tensors, None for None.
+
+    To differentiate with respect to: the history of ``x`` may lead to the very ``weight`` of this call, where a layer
+    is used twice, and that part of its gradient is for another backward to add.
+    """
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
 
 
 def differentiate(ctx: Any, y: Tensor, inputs: Sequence[Grad], grad_y: Tensor) -> list[Grad]:

@@ -6,13 +6,14 @@ The convolution costs R * S multiplications a value, less than storing and loadi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepops import reference
-from deepops._autograd import Grad, differentiate, grads_of_arguments
+from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments
 from deepops._checks import Size, autocast_enabled
 from deepops._convolution import output_sizes, padding_of, per_dimension
 from deepops._library import has_kernel
@@ -113,11 +114,12 @@ class DepthwiseBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
-        x, conv_weight, weight, bias, mean, invstd = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, conv_weight, weight, bias, mean, invstd = saved
         geometry, _, _, activation, negative_slope = ctx.options
         need_x, need_conv_weight, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = _differentiable_backward(ctx, grad_y)
+            grads = _differentiable_backward(ctx, saved, grad_y)
         else:
             grads = torch.ops.deepops.depthwise_bn_act_backward.default(
                 grad_y.contiguous(memory_format=torch.channels_last),
@@ -137,9 +139,9 @@ class DepthwiseBatchNormAct(torch.autograd.Function):
         return grads_of_arguments(ctx, grads, mean)
 
 
-def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
+def _differentiable_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
-    x, conv_weight, weight, bias, _, _ = ctx.saved_tensors
+    x, conv_weight, weight, bias, _, _ = aliases(saved)
     geometry, _, eps, activation, negative_slope = ctx.options
     stride, padding, dilation = geometry
     y = reference.depthwise_bn_act(

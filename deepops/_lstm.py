@@ -18,7 +18,7 @@ from torch import Tensor
 from deepops import _batch_norm_act
 from deepops._checks import autocast_enabled, transforms_active
 from deepops._library import gpu_not_covered, has_kernel
-from deepops._lstm_products import input_gates, over_rows, product_dtype, recurrent_weight_grad
+from deepops._lstm_products import input_gates, over_rows, product, product_dtype, recurrent_weight_grad
 from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.reference import lstm as reference
 
@@ -259,7 +259,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
     if needs["weight_ih"]:
         grads["weight_ih"] = over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
     if needs["x"]:
-        grads["x"] = (rows @ weights.weight_ih.to(dtype)).view_as(x)
+        grads["x"] = product(rows, weights.weight_ih.to(dtype)).view_as(x)
     return [grads[name].to(x.dtype) if needed else None for name, needed in needs.items()]  # type: ignore[union-attr]
 
 

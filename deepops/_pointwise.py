@@ -7,13 +7,14 @@ The backward keeps ``x``, the weights, per-channel vectors and, for activations 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepops import reference
-from deepops._autograd import Grad, differentiate, grads_of_arguments
+from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments
 from deepops._checks import Size, autocast_enabled
 from deepops._convolution import per_dimension
 from deepops._library import has_kernel
@@ -129,7 +130,7 @@ class PointwiseBatchNormAct(torch.autograd.Function):
         _, _, activation, negative_slope = ctx.options
         need_x, need_conv_weight, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = _differentiable_backward(ctx, grad_y)
+            grads = _differentiable_backward(ctx, saved, grad_y)
         else:
             grads = torch.ops.deepops.pointwise_bn_act_backward.default(
                 grad_y.contiguous(memory_format=torch.channels_last),
@@ -143,9 +144,9 @@ class PointwiseBatchNormAct(torch.autograd.Function):
         return grads_of_arguments(ctx, grads, saved[4])
 
 
-def _differentiable_backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
+def _differentiable_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
-    x, conv_weight, weight, bias, *_ = ctx.saved_tensors
+    x, conv_weight, weight, bias, *_ = aliases(saved)
     _, eps, activation, negative_slope = ctx.options
     y = reference.pointwise_bn_act(
         x, conv_weight, weight, bias, eps, activation=activation, negative_slope=negative_slope

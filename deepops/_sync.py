@@ -10,7 +10,7 @@ of the part of this process alone: ``DistributedDataParallel`` averages them ove
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,24 +81,25 @@ class SyncBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
-        x, _, _, _, mean, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, _, _, _, mean, *_ = saved
         if torch.is_grad_enabled():
-            grads = differentiable_backward(ctx, grad_y, ctx.group)
+            grads = differentiable_backward(ctx, saved, grad_y, ctx.group)
         else:
-            grads = _backward(ctx, laid_out_as(grad_y, x))
+            grads = _backward(ctx, saved, laid_out_as(grad_y, x))
         return grads_of_arguments(ctx, grads, mean)
 
 
 _apply: Callable[..., Tensor] = SyncBatchNormAct.apply
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> list[Grad]:
+def _backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Grad]:
     """Gradients of x, residual, weight and bias by the compiled ops; those that are not needed may be empty.
 
     Who takes part in the sum over processes is decided by what needs gradients, as in torch, not by anything in the
     data: that is alike in all processes.
     """
-    *tensors, count = ctx.saved_tensors  # x, kept, weight, bias, mean, invstd, count
+    *tensors, count = saved  # x, kept, weight, bias, mean, invstd, count
     *_, activation, negative_slope = ctx.options
     need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
     need_affine = need_weight or need_bias
