@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cpu_only
 import pytest
 import torch
 
@@ -17,15 +18,6 @@ if not (ROOT / "csrc").exists():
 # Importing these registers the fakes.
 assert functional
 assert optim
-
-
-# Families without a CUDA kernel, and why. What they compute runs on a GPU by the ops of another family.
-CPU_ONLY = {
-    # z is never stored, because its product is computed in the registers where it is used. A GPU kernel that does so is
-    # a matrix product of its own on the tensor cores; until there is one, the convolution is ATen's and
-    # batch_norm_act does the rest.
-    "pointwise_bn_act",
-}
 
 
 def schemas() -> dict[str, torch._C.FunctionSchema]:
@@ -50,7 +42,7 @@ def missing(op: str) -> list[str]:
     folder = next((ROOT / "csrc").glob(f"*/{stem}_kernel_cpu.cpp")).parent.name
     lacks = [] if has_kernel(op, "cpu") else ["a CPU kernel"]
     texts = [path.read_text() for path in (ROOT / "csrc").glob(f"*/{stem}_cuda.cu")]
-    if stem not in CPU_ONLY and not any(f'm.impl("{op}"' in text for text in texts):
+    if stem not in cpu_only.FAMILIES and not any(f'm.impl("{op}"' in text for text in texts):
         lacks.append(f"a CUDA kernel (csrc/<folder>/{stem}_cuda.cu)")
     lacks += [] if has_kernel(op, "meta") else ["a fake (torch.library.register_fake)"]
     lacks += [] if (ROOT / f"deepops/reference/{stem}.py").exists() else [f"deepops/reference/{stem}.py"]
@@ -78,8 +70,8 @@ def test_every_op_is_complete(op):
 def test_what_is_for_the_cpu_alone_has_no_cuda_kernel():
     """The table and the build say the same."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    assert set(re.findall(r"deepops_add_op\((\w+)[^)]* CPU_ONLY\)", text)) == CPU_ONLY
-    assert not [stem for stem in CPU_ONLY if list((ROOT / "csrc").glob(f"*/{stem}_cuda.cu"))]
+    assert set(re.findall(r"deepops_add_op\((\w+)[^)]* CPU_ONLY\)", text)) == cpu_only.FAMILIES
+    assert not [stem for stem in cpu_only.FAMILIES if list((ROOT / "csrc").glob(f"*/{stem}_cuda.cu"))]
 
 
 def test_an_incomplete_op_is_noticed():
