@@ -271,12 +271,14 @@ def _differentiable_backward(ctx: Any, saved: Sequence[Any], grads_of_states: Se
     x, h0, c0, *weights = inputs
     states = _plain(x, h0, c0, Weights(*weights), mask, lengths, seed, ctx.settings)
     pairs = [(state, grad) for state, grad in zip(states, grads_of_states, strict=True) if grad is not None]
+    grads: list[Grad] = [None] * len(inputs)
+    if not pairs:
+        return grads
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
     outputs, grads_of_outputs = zip(*pairs, strict=True)
     found = torch.autograd.grad(
         outputs, [inputs[i] for i in wanted], grads_of_outputs, create_graph=True, materialize_grads=True
     )
-    grads: list[Grad] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return grads

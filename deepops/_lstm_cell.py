@@ -90,6 +90,12 @@ class CellWeights:
             and self.dtype is dtype
         )
 
+    def go_on_from(self, h: Tensor) -> bool:
+        """Whether a step from the state ``h`` belongs to the sequence that these weights were packed for."""
+        if not _is_grad_enabled() or h.is_leaf or self.running.ended:
+            return False
+        return self.requires_grad or getattr(h.grad_fn, "weights", None) is self
+
     def token(self) -> Grad:
         """The input that leads autograd from a step to the weights; None if they need no gradient."""
         with _one_token:  # the steps of two threads must not lead to two of them
@@ -110,9 +116,13 @@ class CellWeights:
             torch.autograd.Variable._execution_engine.queue_callback(gathered.end)
         return gathered
 
-    def check(self, weight_ih: bool, weight_hh: bool) -> None:
+    def check(self, weight_ih: bool, weight_hh: bool, biases: bool) -> None:
         """Raise, as torch does, where a weight that a backward needs was written to since it was packed."""
         mine, facts = self.tensors, self.facts
+        for i in (2, 3) if biases else ():
+            bias = mine[i]
+            if bias is not None and bias._version != facts[3 * i + 1]:
+                _raise_modified(bias, facts[3 * i + 1])
         if weight_ih and mine[0]._version != facts[1]:
             _raise_modified(mine[0], facts[1])
         if weight_hh and mine[1]._version != facts[4]:
@@ -177,10 +187,11 @@ class _Step(torch.autograd.Function):
         x, h, c, gates = ctx.saved_tensors
         weights = ctx.weights
         need_x, need_h, _, need_weights, _ = ctx.needs_input_grad
-        weights.check(need_x, need_h)
+        again = _is_grad_enabled()  # the differentiable path computes the step again, from all weights
+        weights.check(need_x or again, need_h or again, again)
         if grad_h is None and grad_c is None:
             return None, None, None, None, None
-        if _is_grad_enabled():
+        if again:
             return _differentiable_backward(ctx, x, h, c, grad_h, grad_c)
         grad_gates, grad_x, grad_before, grad_c, grad_peephole = _BACKWARD(
             grad_h, grad_c, gates, c, weights.packed, weights.peephole, weights.cell_clip, x.size(1), need_x, need_h
@@ -350,9 +361,9 @@ class CellCache:
     """The packed weights of one module, kept while they hold; never saved or copied.
 
     They are packed anew when a weight is another tensor, has other memory, or was written to: torch counts in-place
-    writes (``Tensor._version``). It does not count those through ``.data``, or by a sharded module that brings its
-    weights together. Therefore also, where gradients are recorded, when a sequence begins (its state is a leaf) and
-    after a backward: which is about as often as an optimizer changes them.
+    writes (``Tensor._version``). It does not count those through ``.data``, by another process, or by a sharded module
+    that brings its weights together. They are therefore kept only within a sequence that is trained on: not for a state
+    that is a leaf, not after a backward, not without gradients, where a state tells nothing of where it came from.
     """
 
     def __init__(self) -> None:
@@ -367,11 +378,7 @@ class CellCache:
     def step(self, x: Tensor, h: Tensor, c: Tensor, tensors: Tensors, cell_clip: float | None = None) -> State:
         """``step`` with these weights, in the dtype of ``x``."""
         weights = self._weights
-        if (
-            weights is None
-            or (_is_grad_enabled() and (h.is_leaf or weights.running.ended))
-            or not weights.holds(tensors, cell_clip, x.dtype)
-        ):
+        if weights is None or not (weights.go_on_from(h) and weights.holds(tensors, cell_clip, x.dtype)):
             weights = self._pack(tensors, cell_clip, x.dtype)
         return step(x, h, c, weights)
 
@@ -379,7 +386,7 @@ class CellCache:
         self.packs += 1
         weights = CellWeights(tensors, cell_clip, dtype)
         # Not those that are computed anew for every use: their history would be kept alive.
-        keep = weights.facts and all(t is None or t.is_leaf for t in tensors)
+        keep = _is_grad_enabled() and weights.facts and all(t is None or t.is_leaf for t in tensors)
         self._weights = weights if keep else None
         return weights
 

@@ -254,3 +254,36 @@ def test_nothing_is_drawn_by_a_call_that_fails() -> None:
         with pytest.raises((RuntimeError, ValueError)):
             lstm(bad)
         assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [LSTM, LSTMCell])
+def test_options_can_be_changed_as_dropout_of_torchs_can(kind: type[nn.Module]) -> None:
+    """The module does what one made with these options would do, and bad values are refused and change nothing."""
+    x = torch.randn(3, 2, 5)[0 if kind is LSTMCell else slice(None)]
+    for name, value in (("zoneout", 0.5), ("cell_clip", 0.01), ("recurrent_dropout", 0.5), ("zoneout", (0.2, 0.0))):
+        module, other = kind(5, 7), kind(5, 7, **{name: value})
+        other.load_state_dict(module.state_dict())
+        plain = module(x, seed=1)[0]
+        setattr(module, name, value)
+        assert torch.equal(other(x, seed=1)[1][0], module(x, seed=1)[1][0])
+        assert str(module) == str(other)
+        setattr(module, name, None if name == "cell_clip" else 0.0)
+        assert torch.equal(module(x, seed=1)[0], plain)
+        with pytest.raises((TypeError, ValueError), match=name):
+            setattr(module, name, "much")
+        assert torch.equal(module(x, seed=1)[0], plain)
+
+
+def test_a_cell_without_hidden_units_is_what_torch_makes_of_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # initializing nothing
+        cell = LSTMCell(5, 0)
+    assert [state.shape for state in cell(torch.randn(2, 5))] == [(2, 0), (2, 0)]
+
+
+def test_a_plain_cell_looks_at_seed_and_step() -> None:
+    cell = LSTMCell(5, 7)
+    with pytest.raises(TypeError, match="seed"):
+        cell(torch.randn(2, 5), seed="bad")
+    with pytest.raises(ValueError, match="step: expected a number of at least 0, got -3"):
+        cell(torch.randn(2, 5), step=-3)

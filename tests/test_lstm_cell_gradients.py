@@ -216,10 +216,56 @@ def test_weights_are_packed_once_for_a_sequence():
         assert count() == 4  # two for each half of the 40 rows
         assert cell.cache.packs == n
         optimizer.step()
+
+
+def test_writes_that_torch_does_not_count_are_seen_without_gradients():
+    """Nothing tells that a weight was written to through ``.data``, or by another process."""
+    cell = Cell()
+    xs = inputs_for(cell)[0]
+    loss_of(loop(cell, xs)).backward()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            for parameter in cell.parameters():
+                parameter.data.mul_(0.5)
+            state = cell(xs[0])
+            cell.weight_hh.data.mul_(0.5)
+            state = cell(xs[1], state)
+            fresh = Cell()
+            fresh.load_state_dict(cell.state_dict())
+            fresh.weight_hh.data.mul_(2)
+            expected = fresh(xs[0])
+            fresh.weight_hh.data.mul_(0.5)
+            expected = fresh(xs[1], expected)
+        assert torch.equal(state[0], expected[0])
+        assert torch.equal(state[1], expected[1])
+
+
+def test_a_frozen_cell_sees_its_weights_at_every_sequence():
+    """Its states have a history, that of what made the first one; no backward comes to its weights."""
+    cell = Cell()
+    cell.requires_grad_(False)
+    xs = inputs_for(cell)[0]
+    first = torch.randn(xs[0].size(0), cell.weight_hh.size(1), requires_grad=True) * 2
+    outputs = []
+    for _ in range(2):
+        outputs.append(cell(xs[0], (first, first))[0])
+        for parameter in cell.parameters():
+            parameter.data.mul_(2)
+    fresh = Cell()
+    fresh.load_state_dict({name: value / 2 for name, value in cell.state_dict().items()})
+    assert torch.equal(outputs[1], fresh(xs[0], (first, first))[0])
+
+
+@pytest.mark.parametrize("name", ["bias_ih", "bias_hh", "weight_ih", "weight_hh"])
+def test_double_backward_refuses_weights_that_were_written_to(name: str):
+    """It computes the step again, from all of them; x and the first state want no gradient here."""
+    cell = Cell()
+    x = inputs_for(cell)[0][0].detach()
+    h, c = cell(x)
     with torch.no_grad():
-        for _ in range(3):
-            loop(cell, xs)
-    assert cell.cache.packs == 4
+        getattr(cell, name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(h.sum() + c.sum(), list(cell.parameters()), create_graph=True)
 
 
 def _changes() -> dict[str, Callable[[Cell], object]]:
@@ -588,18 +634,16 @@ def test_copies_and_pickles_have_a_cache_of_their_own():
 
 
 def test_evaluation():
-    """Without gradients: the same states, nothing saved, weights packed once; in inference mode, too."""
+    """Without gradients: the same states, nothing saved, no weights kept; in inference mode, too."""
     cell = Cell()
     xs = inputs_for(cell)[0]
     expected = loop(cell, xs)
-    cell.cache.drop()
-    packs = cell.cache.packs
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             for a, b in zip(loop(cell, xs), expected, strict=True):
                 assert torch.equal(a, b)
                 assert a.grad_fn is None
-    assert cell.cache.packs == packs + 1
+        assert cell.cache._weights is None
     loss_of(loop(cell, xs)).backward()
     with torch.inference_mode():
         made_there = Cell()

@@ -172,3 +172,21 @@ def test_inputs_in_any_layout(layout: str) -> None:
     }[layout]
     hx = tuple(torch.randn(6, 3, 2, dtype=DOUBLE).transpose(0, 2) for _ in range(2))
     torch.testing.assert_close(lstm(x, hx), lstm.to_module()(x, tuple(state.contiguous() for state in hx)))
+
+
+def test_double_backward_of_a_layer_without_a_gradient() -> None:
+    """Its gradient is undefined; the weights have another use."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    layer = LSTM(5, 7)
+    y = Nothing.apply(layer(torch.randn(3, 2, 5))[0])
+    (y.sum() + layer.weight_hh_l0.sum()).backward(create_graph=True)
+    assert torch.equal(layer.weight_hh_l0.grad, torch.ones(28, 7))

@@ -416,3 +416,19 @@ def test_differentiated_with_respect_to_everything() -> None:
         )
         for actual, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(actual, torch.zeros_like(actual) if expected is None else expected)
+
+
+def test_a_plain_cell_without_gradients_is_torchs() -> None:
+    """Bit for bit, and whoever writes to its weights: they are read at every step."""
+    cell = LSTMCell(5, 7)
+    stock = cell.to_module()
+    x, state = torch.randn(3, 5), (torch.randn(3, 7), torch.randn(3, 7))
+    for _ in range(2):
+        with torch.no_grad():
+            for ours, theirs in zip(cell(x, state), stock(x, state), strict=True):
+                assert torch.equal(ours, theirs)
+        cell.requires_grad_(False)
+        for ours, theirs in zip(cell(x), stock(x), strict=True):
+            assert torch.equal(ours, theirs)
+        cell.weight_hh.data.mul_(2)
+    assert cell._cache.packs == 0

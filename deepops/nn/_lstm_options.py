@@ -11,6 +11,7 @@ from torch.nn import init
 from deepops._lstm_checks import Pair, Seed, as_variant, checked_seed, is_number
 from deepops._lstm_types import Variant, Weights
 
+_NUMBERS = ("layer_norm_eps", "zoneout", "variational_dropout", "recurrent_dropout", "cell_clip")
 LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 
 
@@ -40,11 +41,18 @@ class LSTMOptions(nn.Module):
             raise TypeError(f"forget_bias: expected a number or None, got {forget_bias!r}")
         if forget_bias is not None and not self.bias:
             raise ValueError(f"forget_bias: expected None with bias=False, got {forget_bias!r}")
-        self._variant = as_variant(layer_norm_eps, zoneout, variational_dropout, recurrent_dropout, cell_clip)
+        variant = as_variant(layer_norm_eps, zoneout, variational_dropout, recurrent_dropout, cell_clip)
         self.layer_norm, self.peephole, self.forget_bias = layer_norm, peephole, forget_bias
         self.layer_norm_eps, self.cell_clip = layer_norm_eps, cell_clip
         self.zoneout, self.variational_dropout = zoneout, variational_dropout
         self.recurrent_dropout = recurrent_dropout
+        self._variant = variant
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options that are numbers can be changed at any time, as ``dropout`` of torch's; bad ones are refused."""
+        if name in _NUMBERS and "_variant" in self.__dict__:
+            self._variant = as_variant(**{key: getattr(self, key) for key in _NUMBERS} | {name: value})
+        super().__setattr__(name, value)
 
     def _add_parameters(self, suffix: str, device: Any, dtype: torch.dtype | None) -> tuple[str | None, ...]:
         """The parameters of the options for one layer and direction; the names of all its weights.
@@ -65,7 +73,7 @@ class LSTMOptions(nn.Module):
         state = self.__dict__
         if "_variant" not in state:  # torch's constructor calls before there is anything of ours
             return
-        bound = self.hidden_size**-0.5
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
         for name, parameter in self._parameters.items():
             if parameter is None:
                 continue

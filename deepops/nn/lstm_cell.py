@@ -13,7 +13,7 @@ from deepops._library import has_kernel
 from deepops._lstm import autocasts, choice, lstm_layer
 from deepops._lstm_cell import CellCache
 from deepops._lstm_checks import Pair, Seed, as_pair, check_like_input
-from deepops._lstm_types import Weights
+from deepops._lstm_types import Variant, Weights
 from deepops.nn._lstm_options import LSTMOptions
 from deepops.nn._tools import is_recorded
 
@@ -24,6 +24,7 @@ Hidden = tuple[Tensor, Tensor]
 
 _KERNEL_ON = {device: has_kernel("lstm_cell", device) for device in ("cpu", "cuda")}
 _ON = (_KERNEL_ON["cpu"], _KERNEL_ON["cuda"])
+_NOT_RANDOM = (0.0,) * (len(Variant._fields) - 2)
 
 
 class LSTMCell(LSTMOptions, nn.LSTMCell):
@@ -31,6 +32,11 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
 
     One step of :class:`LSTM`: formulas, sources and the options are described there. A loop over the cell with the same
     seed and ``step=t`` gives what the layer gives.
+
+    Where gradients are recorded, the weights are packed once for a sequence: when its state is one that no step made
+    (None, or detached), after a backward, and when torch has counted a write to a weight. A write through ``.data`` in
+    the middle of a sequence is seen at the next one. Without gradients a plain step is torch's own. h and c are two
+    results of one operation: the gradient that a hook sees at c is what comes by way of later steps, not through h.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as ``torch.nn.LSTMCell``.
@@ -80,7 +86,6 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         )
         self._weight_names = self._add_parameters("", device, dtype)
         self._cache = CellCache()
-        self._single = not (layer_norm or self._variant.is_random())  # a step has an op of its own
         self._reset_options()
 
     def reset_parameters(self) -> None:
@@ -123,7 +128,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
             ValueError: wrong rank, a negative step, no seed with ``variational_dropout`` in training.
             RuntimeError: a wrong number of features, states of a wrong shape: as torch.
         """
-        if (state := self._usual(input, hx)) is not None:
+        if seed is None and not step and (state := self._usual(input, hx)) is not None:
             return state
         plain, recorded = self._is_plain(), is_recorded(input)
         if plain and recorded:
@@ -149,7 +154,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         if autocast:
             x, h, c, weights = _to_one_dtype(x, h, c, weights)
         masks = self._seed(seed, x.device)
-        if path == "kernel" and self._single and _KERNEL_ON.get(x.device.type) and not torch.compiler.is_compiling():
+        if path == "kernel" and self._has_op() and _KERNEL_ON.get(x.device.type) and not torch.compiler.is_compiling():
             h_n, c_n = self._cache.step(x, h, c, (*weights[:4], weights.weight_peephole), self.cell_clip)
         else:
             options: Any = {"seed": masks, "first_step": step, "kernel": path == "kernel"}
@@ -163,7 +168,7 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
         """
         if (
             torch.compiler.is_compiling()
-            or not self._single
+            or not self._has_op()
             or type(x) is not Tensor
             or not (_ON[0] if x.is_cpu else x.is_cuda and _ON[1])
             or x.dim() != 2
@@ -192,7 +197,15 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
                 if state.layout is not torch.strided or state.device != x.device:
                     return None
         vectors = (parameters.get("bias_ih"), parameters.get("bias_hh"), parameters.get("weight_peephole"))
-        return self._cache.step(x, h, c, (weight, recurrent, *vectors), self.cell_clip)
+        tensors = (weight, recurrent, *vectors)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, x, c, *tensors))
+        if not recorded and self._is_plain():
+            return super().forward(x, (h, c))  # the weights would have to be packed for every step
+        return self._cache.step(x, h, c, tensors, self.cell_clip)
+
+    def _has_op(self) -> bool:
+        """Whether a step has an op of its own; otherwise it is a sequence of one step."""
+        return not self.layer_norm and self._variant[2:] == _NOT_RANDOM
 
     def _states(self, x: Tensor, hx: Hidden | None, weights: Weights, batched: bool) -> Hidden:
         """``hx`` or zeros, for x of [B, I]. Raise, in torch's words, unless sizes fit."""
@@ -228,7 +241,8 @@ class LSTMCell(LSTMOptions, nn.LSTMCell):
     def _explain(self) -> str:
         device = self._named_weights(self._weight_names).weight_ih.device.type
         if _KERNEL_ON.get(device):
-            return f"fused: one op: {kernel_note('lstm_cell', device)}"
+            note = "; torch's own where no gradient is recorded" if self._is_plain() else ""
+            return f"fused: one op: {kernel_note('lstm_cell', device)}{note}"
         what = "torch's own cell" if self._is_plain() else "plain PyTorch"
         return f"not fused, {what}: there is no kernel for {device}"
 
