@@ -96,10 +96,11 @@ struct LstmBackward : LstmInputs {
   double* small;                         // [groups][small_size()]: gradients of the small weights
 };
 
-// Where the gradients of the small weights lie in what a group adds up.
+// Where the gradients of the small weights lie in what a group adds up. (Inlined, else each instruction set would have
+// a copy of its own, of which the linker keeps one for all.)
 struct LstmSmall {
   int64_t peephole, ln_hh, ln_c, bias_ln_c, size;
-  explicit LstmSmall(const LstmShape& p) {
+  [[gnu::always_inline]] explicit LstmSmall(const LstmShape& p) {
     const int64_t stride = p.hidden_stride();
     peephole = 0;
     ln_hh = peephole + (p.peephole ? 3 * stride : 0);
