@@ -306,7 +306,7 @@ def test_second_interrupt_ends_at_once(before: Any) -> None:
 
 
 def test_interrupt_before_training_is_one_line(monkeypatch: Any, capsys: Any) -> None:
-    def interrupted(source: str, seed: int) -> None:
+    def interrupted(source: str, seed: int, kind: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("deepops.cli.train.load_data", interrupted)
