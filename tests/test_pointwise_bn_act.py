@@ -361,8 +361,8 @@ def test_when_the_op_applies(calls):
         ).sum().backward()
         return len(calls) - before
 
-    def shaped(outputs: int, inputs: int, activation: str = "relu") -> int:
-        return call(channels_last(4, inputs, 8, 8), torch.randn(outputs, inputs, 1, 1), activation)
+    def shaped(outputs: int, inputs: int, activation: str = "relu", size: int = 8) -> int:
+        return call(channels_last(4, inputs, size, 8), torch.randn(outputs, inputs, 1, 1), activation)
 
     assert call() == 1
     assert call(x.double(), weight.double()) == 1
@@ -373,7 +373,8 @@ def test_when_the_op_applies(calls):
     with torch.no_grad():
         assert functional.conv_bn_act(x, weight, None, None, None, training=True).grad_fn is None
     assert len(calls) == 7
-    assert shaped(192, 64) == shaped(24, 8) == shaped(96, 32, "silu") == 1
+    assert shaped(192, 64, size=128) == shaped(24, 8) == shaped(96, 32, "silu") == 1
+    assert shaped(192, 64, size=127) == shaped(99, 33) == shaped(191, 64, size=128) == shaped(390, 65, size=128) == 0
     assert shaped(191, 64) == shaped(23, 8) == shaped(21, 7) == shaped(390, 65) == shaped(99, 33, "silu") == 0
     assert call(x.contiguous()) == call(x[:, :, 1:].contiguous(memory_format=torch.channels_last)) == 0
     assert call(weight=torch.randn(64, 16, 2, 2)[:, :, ::2, ::2]) == 0
