@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepops import _fake_lstm
+from deepops import _fake_conv, _fake_lstm
 from deepops._checks import statistics_dtype
 from deepops._convolution import output_sizes
 
@@ -275,6 +275,7 @@ def register() -> None:
     torch.library.register_fake("deepops::depthwise_bn_act_backward", _depthwise_bn_act_backward)
     torch.library.register_fake("deepops::pointwise_bn_act_train", _pointwise_bn_act_train)
     torch.library.register_fake("deepops::pointwise_bn_act_backward", _pointwise_bn_act_backward)
+    _fake_conv.register()
     _fake_lstm.register()
     torch.library.register_fake("deepops::adam", _adam)
     torch.library.register_fake("deepops::sgd", _sgd)
