@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepops import _fake_lstm
+from deepops import _fake_conv, _fake_lstm
 from deepops._checks import statistics_dtype
 from deepops._convolution import output_sizes
 
@@ -280,4 +280,5 @@ def register() -> None:
         _rmsprop,
     ):
         torch.library.register_fake(f"deepops::{fake.__name__[1:]}", fake)
+    _fake_conv.register()
     _fake_lstm.register()

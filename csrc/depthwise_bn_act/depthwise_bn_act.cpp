@@ -25,7 +25,6 @@ constexpr int64_t kTile = DepthwiseProblem::kTile;
 constexpr int64_t kMostGroups = 64, kFewItems = 32;  // work items: enough for the threads of a large machine
 constexpr int64_t kLeastRows = 14;  // of a block: the backward computes up to R - 1 rows of its neighbours again
 constexpr int64_t kInPlaceBelow = 1 << 21;  // values of y that stay in the cache from one pass to the next
-constexpr int64_t kValuesPerThread = 8192;  // less work than this does not pay for waking a thread
 
 const DepthwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(depthwise_kernels); }
 
@@ -89,13 +88,6 @@ const void* pack_any(const DepthwiseProblem& p, const Tensor& filter, Scratch& s
                                   : pack<float>(p, filter, scratch);
 }
 
-// Adds up what the items have left, in their order, into the numbers of the first.
-void add_items(const DepthwiseProblem& p, const std::span<double>& sums) {
-  const size_t each = sums.size() / size_t(p.items());
-  for (size_t from = each; from < sums.size(); from += each)
-    for (size_t i = 0; i < each; ++i) sums[i] += sums[from + i];
-}
-
 template <class S>
 void unpack(const DepthwiseProblem& p, const double* sums, const Tensor& filter, S* to) {
   const int64_t next_channel = filter.stride(0), next_row = filter.stride(2), next_column = filter.stride(3);
@@ -114,8 +106,7 @@ void unpack(const DepthwiseProblem& p, const double* sums, const Tensor& filter,
 class Workers {
  public:
   Workers(const DepthwiseProblem& p, bool with_ring, Scratch& scratch) : p_(p) {
-    const int64_t useful = p.count() * p.channels / kValuesPerThread;
-    count_ = std::clamp<int64_t>(std::min<int64_t>(useful, torch::stable::get_num_threads()), 1, p.items());
+    count_ = core::workers_for(p.count() * p.channels, core::kValuesPerThread, p.items());
     taps_ = 2 * p.filter_size();
     ring_bytes_ = with_ring ? p.slots() * p.ring_rows * p.out_width * (p.dtype == DataType::f64 ? 8 : 4) : 0;
     all_taps_ = scratch.take<DepthwiseTap>(count_ * taps_);
@@ -127,10 +118,8 @@ class Workers {
   // pass(workspace, begin, end) over all work items.
   template <class Pass>
   void run(const Pass& pass) const {
-    core::parallel_for(count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker)
-        pass(workspace(worker), worker * p_.items() / count_, (worker + 1) * p_.items() / count_);
-    });
+    core::divide(count_, p_.items(),
+                 [&](int64_t worker, int64_t begin, int64_t end) { pass(workspace(worker), begin, end); });
   }
 
  private:
@@ -142,7 +131,7 @@ class Workers {
 
 // Both sums of every channel.
 void read_sums(const DepthwiseProblem& p, const std::span<double>& sums, const Values& a, const Values& b) {
-  add_items(p, sums);
+  add_items(sums, p.items());
   for (int64_t c = 0; c < p.channels; ++c) {
     a[c] = sums[p.slot(c)];
     b[c] = sums[p.slots() + p.slot(c)];
@@ -275,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
       kernels().gradients(p, args, workspace, begin, end);
     });
     if (need_conv_weight) {
-      add_items(p, filter_sums);
+      add_items(filter_sums, p.items());
       void* const to = grad_conv_weight.mutable_data_ptr();
       p.dtype == DataType::f64 ? unpack(p, filter_sums.data(), conv_weight, static_cast<double*>(to))
                                : unpack(p, filter_sums.data(), conv_weight, static_cast<float*>(to));

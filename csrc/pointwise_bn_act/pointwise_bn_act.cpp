@@ -24,7 +24,6 @@ namespace {
 
 constexpr int64_t kLanes = PointwiseProblem::kLanes;
 constexpr int64_t kMostItems = 32, kRowsOfItem = 10 * PointwiseProblem::kBlock;
-constexpr int64_t kValuesPerThread = 8192;  // of z: less work than this does not pay for waking a thread
 constexpr int64_t kStreamAbove = 16 << 20;  // bytes of y that do not stay in the cache anyway
 constexpr int64_t kSamples = 8, kVectorBytes = 64;
 
@@ -171,17 +170,14 @@ struct Affine {
 class Workers {
  public:
   Workers(const PointwiseProblem& p, Scratch& scratch) : p_(p) {
-    const int64_t useful = p.rows() * p.channels / kValuesPerThread;
-    count_ = std::clamp<int64_t>(std::min<int64_t>(useful, torch::stable::get_num_threads()), 1, p.items);
+    count_ = core::workers_for(p.rows() * p.channels, core::kValuesPerThread, p.items);
     workspace_ = scratch.take<double>(count_ * workspace_values(p));
   }
   // pass(problem, args, workspace, begin, end) over all work items.
   template <class Pass>
   void run(const Pass& pass, const PointwiseArguments& args) const {
-    core::parallel_for(count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker)
-        pass(p_, args, workspace_.data() + worker * workspace_values(p_), worker * p_.items / count_,
-             (worker + 1) * p_.items / count_);
+    core::divide(count_, p_.items, [&](int64_t worker, int64_t begin, int64_t end) {
+      pass(p_, args, workspace_.data() + worker * workspace_values(p_), begin, end);
     });
   }
 
@@ -190,13 +186,6 @@ class Workers {
   int64_t count_;
   std::span<double> workspace_;
 };
-
-// Adds up what the items have left, in their order, into the numbers of the first.
-void add_items(const PointwiseProblem& p, const Values& sums) {
-  const size_t each = sums.size() / size_t(p.items);
-  for (size_t from = each; from < sums.size(); from += each)
-    for (size_t i = 0; i < each; ++i) sums[i] += sums[from + i];
-}
 
 // Means of x [C] and its covariances [C, C], into `moments` [1 + C, C].
 void take_moments(const PointwiseProblem& p, PointwiseArguments args, const Workers& workers, double* moments,
@@ -212,7 +201,7 @@ void take_moments(const PointwiseProblem& p, PointwiseArguments args, const Work
   args.shift = shift.data();
   args.moments = sums.data();
   workers.run(kernels().moments, args);
-  add_items(p, sums);
+  add_items(sums, p.items);
   const double per_row = 1 / double(rows);
   for (int64_t c = 0; c < p.inputs; ++c) {
     moments[c] = shift[c] + sums[c] * per_row;
@@ -346,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.sums = sums.data();
   workers.run(kernels().backward, args);
-  add_items(p, sums);
+  add_items(sums, p.items);
 
   // P, from x centred on its true mean.
   const Values products = zeros(slots * input_slots, scratch);
