@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deepops import _fake
+from deepops import _conv_problem, _fake, _fused_conv
 from deepops._batch_norm_act import after_training, dispatch, fit, in_group, name_in_op, run_op
 from deepops._checks import (
     Size,
@@ -184,6 +184,13 @@ def conv_bn_act(
         return conv_act(x, folded, folded_bias, residual, *geometry, activation, negative_slope, approximate)
     shift = conv_bias if training else None
     statistics = (running_mean, running_var, num_batches_tracked)
+    settings = (training, momentum, eps, activation, negative_slope, approximate, None)
+    if x.is_cuda or _conv_problem.executor is not None:
+        shared = training and process_group is not None
+        vectors = (residual, weight, bias, statistics)
+        fused = _fused_conv.conv_bn_act(x, conv_weight, conv_bias, *vectors, geometry, settings, shared)
+        if fused is not None:
+            return fused
     if training and residual is None and process_group is None:
         for op in (DepthwiseBatchNormAct, PointwiseBatchNormAct):
             covered = op.covers(x, conv_weight, *geometry, activation)
@@ -193,7 +200,6 @@ def conv_bn_act(
                 after_training(*statistics, shift, momentum)
                 return y
     y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
-    settings = (training, momentum, eps, activation, negative_slope, approximate, None)
     if process_group is not None and training:
         return in_group(y, residual, weight, bias, shift, *statistics, settings, process_group)
     if fit(y, residual, weight, bias, *statistics, training, momentum, eps):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_events import FakeEvent
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "csrc").exists() or not (ROOT / "benchmarks").exists():
@@ -14,25 +15,6 @@ if not (ROOT / "csrc").exists() or not (ROOT / "benchmarks").exists():
 from benchmarks import compare, gpu, harness, run  # noqa: E402
 from benchmarks.gpu import Step  # noqa: E402
 from benchmarks.harness import Case  # noqa: E402
-
-
-class FakeEvent:
-    """An event of a GPU on which every recorded event is 6 ms after the one before."""
-
-    clock = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        FakeEvent.clock += 6.0
-        self.at = FakeEvent.clock
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return end.at - self.at
 
 
 @pytest.fixture
