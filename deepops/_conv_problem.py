@@ -55,7 +55,7 @@ def problem_of(
     Raises:
         ValueError: ``deepops.backends.conv`` is ``"fused"``, which does not cover the call.
     """
-    if torch.compiler.is_compiling() or backends.conv == "aten" or transforms_active():
+    if torch.compiler.is_compiling() or backends.conv == "aten" or transforms_active() or x.numel() == 0:
         return None
     autocast = autocast_enabled(x)
     if autocast and x.dtype is not torch.float64:  # as torch's convolution does
@@ -69,7 +69,7 @@ def problem_of(
             raise ValueError(f"deepops.backends.conv: 'fused' covers {COVERED}; got {reason}")
         return None
     sizes = stride, padding, dilation = sizes_of(conv_weight, *geometry[:3])
-    if min(*stride, *dilation, *conv_weight.shape) < 1 or min(padding) < 0 or x.numel() == 0:
+    if min(*stride, *dilation, *conv_weight.shape) < 1 or min(padding) < 0:
         return None
     spatial = output_sizes(x, conv_weight, stride, padding, dilation)
     pixels = x.size(0) * spatial[0] * spatial[1]

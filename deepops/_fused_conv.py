@@ -112,7 +112,7 @@ def _train(
     _, momentum, eps, activation, negative_slope, approximate, _ = settings
     like_y = conv_weight.detach().transpose(0, 1)  # has as many channels, its dtype, its device
     check_batch_norm(like_y, mean, var, weight, bias, True, momentum, eps, counter, alone=False)
-    if x.dtype is not torch.float32:  # the vectors may be 16-bit too
+    if x.dtype is torch.float16 or x.dtype is torch.bfloat16:  # the vectors may be 16-bit too
         weight, bias, mean, var = (None if t is None else t.float() for t in (weight, bias, mean, var))
     options = (True, momentum, eps, name_in_op(activation, approximate), negative_slope)
 
