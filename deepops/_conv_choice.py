@@ -103,7 +103,7 @@ def forget() -> None:
 
 def _may_measure() -> bool:
     """Not where calls are recorded or counted: they would be taken for the user's."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         return False
     return not (is_in_torch_dispatch_mode() or torch._C._is_tracing())
 
