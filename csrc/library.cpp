@@ -107,6 +107,19 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, Tensor moments, Tensor bits, str activation, float negative_slope, bool need_x, "
       "bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // act(conv2d(x, conv_weight) * scale + shift + residual) in one kernel, on NVIDIA GPUs. x, conv_weight [K, C, R, S],
+  // residual and y: channels_last. scale, shift: [K], float32. fp16 and bf16 with C a multiple of 8: on tensor cores;
+  // fp32, fp16, bf16 with C up to 4, first layers: without. stride, dilation: y, x. padding: top, bottom, left, right.
+  // The GPU's alone: on the CPU the convolution is oneDNN's.
+  m.def(
+      "conv_bn_act_eval(Tensor x, Tensor conv_weight, Tensor? residual, Tensor scale, Tensor shift, int[2] stride, "
+      "int[4] padding, int[2] dilation, str activation, float negative_slope) -> Tensor y");
+  // z = conv2d(x, conv_weight) in the dtype of x, and the batch statistics of what is stored in z; updates the running
+  // statistics as batch_norm_act_train does. batch_norm_act_eval(z, ..., mean, invstd) is the rest of the forward.
+  m.def(
+      "conv_bn_act_statistics(Tensor x, Tensor conv_weight, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, int[2] stride, int[4] padding, int[2] dilation, float? momentum, float eps) -> "
+      "(Tensor z, Tensor mean, Tensor invstd)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

@@ -147,6 +147,14 @@ class Device {
   Stream stream_;
 };
 
+// Of the current device: 8 for all of 8.x.
+inline int major_capability() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
+  return major;
+}
+
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads. name: for error messages and the executor's
 // counts.
 template <class... P, class... A>
@@ -362,6 +370,7 @@ class Device {
   explicit Device(int32_t) {}
   Stream stream() const { return 0; }
 };
+inline int major_capability() { return 8; }
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
