@@ -29,10 +29,10 @@ from deepops._checks import (
     check_residual,
 )
 from deepops._convolution import convolution
-from deepops._depthwise import depthwise_bn_act, geometry_of
+from deepops._depthwise import DepthwiseBatchNormAct
 from deepops._folding import conv_act, fold, folds_with_gradients
 from deepops._lstm_functional import lstm, lstm_cell
-from deepops._pointwise import applies, pointwise_bn_act, shaped_as_output
+from deepops._pointwise import PointwiseBatchNormAct
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -185,19 +185,13 @@ def conv_bn_act(
     shift = conv_bias if training else None
     statistics = (running_mean, running_var, num_batches_tracked)
     if training and residual is None and process_group is None:
-        depthwise = geometry_of(x, conv_weight, *geometry)
-        if depthwise and fit(x, None, weight, bias, *statistics, training, momentum, eps):
-            options = (depthwise, momentum, eps, name_in_op(activation, approximate), negative_slope)
-            y = depthwise_bn_act(x, conv_weight, shift, weight, bias, statistics, options)
-            after_training(*statistics, shift, momentum)
-            return y
-        if applies(x, conv_weight, *geometry, activation) and fit(
-            shaped_as_output(conv_weight), None, weight, bias, *statistics, training, momentum, eps
-        ):
-            numbers = (momentum, eps, name_in_op(activation, approximate), negative_slope)
-            y = pointwise_bn_act(x, conv_weight, shift, weight, bias, statistics, numbers)
-            after_training(*statistics, shift, momentum)
-            return y
+        for op in (DepthwiseBatchNormAct, PointwiseBatchNormAct):
+            covered = op.covers(x, conv_weight, *geometry, activation)
+            if covered and fit(covered[0], None, weight, bias, *statistics, training, momentum, eps):
+                options = (*covered[1], momentum, eps, name_in_op(activation, approximate), negative_slope)
+                y = op.run(x, conv_weight, shift, weight, bias, statistics, options)
+                after_training(*statistics, shift, momentum)
+                return y
     y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
     settings = (training, momentum, eps, activation, negative_slope, approximate, None)
     if process_group is not None and training:

@@ -18,6 +18,7 @@ from torch import Tensor
 import deepops
 from deepops import functional, testing
 from deepops._library import has_kernel
+from deepops._pointwise import PointwiseBatchNormAct
 from deepops.testing import ErrorPool, saved_storages, use_isa, use_threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,13 +299,13 @@ def channels_last(*shape: int, **options: Any) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one with each call of the fused op."""
     seen: list[str] = []
-    original = functional.pointwise_bn_act
+    original = PointwiseBatchNormAct.train
 
     def counting(*args: Any) -> Tensor:
         seen.append("pointwise")
         return original(*args)
 
-    monkeypatch.setattr(functional, "pointwise_bn_act", counting)
+    monkeypatch.setattr(PointwiseBatchNormAct, "train", staticmethod(counting))
     return seen
 
 
