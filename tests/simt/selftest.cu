@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,91 +16,40 @@
 
 namespace deepops::isa_gpu {
 
-enum class Bug : int {
-  none,
-  missing_barrier,
-  missing_second_barrier,
-  barrier_in_branch,
-  different_barriers,
-  returns_before_barrier,
-  lane_returns_before_shuffle,
-  shuffle_in_branch,
-  lanes_at_different_shuffles,
-  wrong_shuffle_mask,
-  shared_out_of_bounds,
-  shared_uninitialised,
-  shared_race_in_warp,
-  too_much_shared_memory,
-  store_past_end,
-  load_past_end,
-  missing_tail,
-  misaligned_pack,
-  index_overflow,
-  blocks_share_an_output,
-  plain_counter,
-  missing_fence,
-  missing_first_fence,
-  missing_second_fence,
-  stale_load,
-  not_the_last_block,
-  counter_not_zeroed,
-  order_of_arrival,
-  scalar_accesses,
-  strided_accesses,
-  bank_conflicts,
-  partial_warp,
-  missing_signal,
-  too_few_signals,
-  not_together,
-  missing_second_meeting,
-  missing_meeting,
-  plain_load_after_signal,
-  signal_without_fence,
-  dynamic_out_of_bounds,
-  count
-};
+// Named once: the enumerators, and the words for the command line.
+#define BUGS(X)                                                                                                        \
+  X(none)                                                                                                              \
+  X(missing_barrier)                                                                                                   \
+  X(missing_second_barrier) X(barrier_in_branch) X(different_barriers) X(returns_before_barrier)                       \
+      X(lane_returns_before_shuffle) X(shuffle_in_branch) X(lanes_at_different_shuffles) X(wrong_shuffle_mask)         \
+          X(shared_out_of_bounds) X(shared_uninitialised) X(shared_race_in_warp) X(too_much_shared_memory)             \
+              X(store_past_end) X(load_past_end) X(missing_tail) X(misaligned_pack) X(index_overflow)                  \
+                  X(blocks_share_an_output) X(plain_counter) X(missing_fence) X(missing_first_fence)                   \
+                      X(missing_second_fence) X(stale_load) X(not_the_last_block) X(counter_not_zeroed)                \
+                          X(order_of_arrival) X(scalar_accesses) X(strided_accesses) X(bank_conflicts) X(partial_warp) \
+                              X(missing_signal) X(too_few_signals) X(not_together) X(missing_second_meeting)           \
+                                  X(missing_meeting) X(plain_load_after_signal) X(signal_without_fence)                \
+                                      X(dynamic_out_of_bounds) X(wrong_fragment_row) X(wrong_fragment)                 \
+                                          X(misaligned_matrices) X(divergent_matrices) X(matrices_in_two_places)       \
+                                              X(matrices_past_end) X(divergent_product) X(missing_swizzle)             \
+                                                  X(wrong_swizzle) X(misaligned_source) X(misaligned_copy)             \
+                                                      X(copy_past_end) X(copy_out_of_bounds) X(copied_twice)           \
+                                                          X(missing_commit) X(wait_too_lax) X(missing_wait)            \
+                                                              X(missing_barrier_after_wait) X(barrier_before_wait)     \
+                                                                  X(copy_too_early) X(store_under_copy)                \
+                                                                      X(exit_with_copies) X(own_copy_too_early)        \
+                                                                          X(missing_warp_barrier)
 
-const char* const kNames[] = {"none",
-                              "missing_barrier",
-                              "missing_second_barrier",
-                              "barrier_in_branch",
-                              "different_barriers",
-                              "returns_before_barrier",
-                              "lane_returns_before_shuffle",
-                              "shuffle_in_branch",
-                              "lanes_at_different_shuffles",
-                              "wrong_shuffle_mask",
-                              "shared_out_of_bounds",
-                              "shared_uninitialised",
-                              "shared_race_in_warp",
-                              "too_much_shared_memory",
-                              "store_past_end",
-                              "load_past_end",
-                              "missing_tail",
-                              "misaligned_pack",
-                              "index_overflow",
-                              "blocks_share_an_output",
-                              "plain_counter",
-                              "missing_fence",
-                              "missing_first_fence",
-                              "missing_second_fence",
-                              "stale_load",
-                              "not_the_last_block",
-                              "counter_not_zeroed",
-                              "order_of_arrival",
-                              "scalar_accesses",
-                              "strided_accesses",
-                              "bank_conflicts",
-                              "partial_warp",
-                              "missing_signal",
-                              "too_few_signals",
-                              "not_together",
-                              "missing_second_meeting",
-                              "missing_meeting",
-                              "plain_load_after_signal",
-                              "signal_without_fence",
-                              "dynamic_out_of_bounds"};
-static_assert(sizeof kNames / sizeof *kNames == size_t(Bug::count));
+enum class Bug : int {
+#define X(name) name,
+  BUGS(X)
+#undef X
+};
+const char* const kNames[] = {
+#define X(name) #name,
+    BUGS(X)
+#undef X
+};
 
 constexpr int kThreads = 128;
 
@@ -353,13 +303,16 @@ void run(Bug bug) {
 
 }  // namespace deepops::isa_gpu
 
+#include "selftest_tensor_core.cuh"
+
 int main(int count, char** arguments) {
   using deepops::isa_gpu::Bug;
-  Bug bug = Bug::count;
-  for (int i = 0; i < int(Bug::count); ++i) {
-    if (count > 1 && !strcmp(arguments[1], deepops::isa_gpu::kNames[i])) bug = Bug(i);
+  int chosen = -1;
+  for (int i = 0; i < int(std::size(deepops::isa_gpu::kNames)); ++i) {
+    if (count > 1 && !strcmp(arguments[1], deepops::isa_gpu::kNames[i])) chosen = i;
   }
-  if (bug == Bug::count) {
+  const Bug bug = Bug(chosen);
+  if (chosen < 0) {
     for (const char* name : deepops::isa_gpu::kNames) std::printf("%s\n", name);
     return 64;
   }
@@ -374,6 +327,7 @@ int main(int count, char** arguments) {
   if (counting) simt_set_counting(1);
   try {
     deepops::isa_gpu::run(bug);
+    deepops::isa_gpu::run_tensor_core(bug);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 2;
