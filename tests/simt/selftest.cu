@@ -1,13 +1,13 @@
 // The executor's own test: small kernels of the kinds the project has, each with planted bugs chosen at run time.
 //
-//   simt_selftest BUG [in_order|reverse|random SEED] [counts]
+//   simt_selftest [BUG [in_order|reverse|random SEED] [counts]]
 //
-// Prints what it found. Exit status: 0 clean, 1 wrong values, 2 the executor stopped the kernel, 3 counts out of
-// budget; a sanitizer has its own. tests/simt/test_selftest.py has the table of who must catch what.
+// Prints what it found; without arguments, the names of all bugs. Exit status: 0 clean, 1 wrong values, 2 the executor
+// stopped the kernel, 3 counts out of budget; a sanitizer has its own. tests/simt/test_selftest.py has the table of who
+// must catch what.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <iterator>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,40 +16,23 @@
 
 namespace deepops::isa_gpu {
 
-// Named once: the enumerators, and the words for the command line.
-#define BUGS(X)                                                                                                        \
-  X(none)                                                                                                              \
-  X(missing_barrier)                                                                                                   \
-  X(missing_second_barrier) X(barrier_in_branch) X(different_barriers) X(returns_before_barrier)                       \
-      X(lane_returns_before_shuffle) X(shuffle_in_branch) X(lanes_at_different_shuffles) X(wrong_shuffle_mask)         \
-          X(shared_out_of_bounds) X(shared_uninitialised) X(shared_race_in_warp) X(too_much_shared_memory)             \
-              X(store_past_end) X(load_past_end) X(missing_tail) X(misaligned_pack) X(index_overflow)                  \
-                  X(blocks_share_an_output) X(plain_counter) X(missing_fence) X(missing_first_fence)                   \
-                      X(missing_second_fence) X(stale_load) X(not_the_last_block) X(counter_not_zeroed)                \
-                          X(order_of_arrival) X(scalar_accesses) X(strided_accesses) X(bank_conflicts) X(partial_warp) \
-                              X(missing_signal) X(too_few_signals) X(not_together) X(missing_second_meeting)           \
-                                  X(missing_meeting) X(plain_load_after_signal) X(signal_without_fence)                \
-                                      X(dynamic_out_of_bounds) X(wrong_fragment_row) X(wrong_fragment)                 \
-                                          X(misaligned_matrices) X(divergent_matrices) X(matrices_in_two_places)       \
-                                              X(matrices_past_end) X(divergent_product) X(missing_swizzle)             \
-                                                  X(wrong_swizzle) X(misaligned_source) X(misaligned_copy)             \
-                                                      X(copy_past_end) X(copy_out_of_bounds) X(copied_twice)           \
-                                                          X(missing_commit) X(wait_too_lax) X(missing_wait)            \
-                                                              X(missing_barrier_after_wait) X(barrier_before_wait)     \
-                                                                  X(copy_too_early) X(store_under_copy)                \
-                                                                      X(exit_with_copies) X(own_copy_too_early)        \
-                                                                          X(missing_warp_barrier)
+// An enumeration, and what it enumerates as text: "none, missing_barrier, ..."
+#define NAMED_ENUM(type, ...)            \
+  enum class type : int { __VA_ARGS__ }; \
+  const char* const kNames = #__VA_ARGS__
 
-enum class Bug : int {
-#define X(name) name,
-  BUGS(X)
-#undef X
-};
-const char* const kNames[] = {
-#define X(name) #name,
-    BUGS(X)
-#undef X
-};
+NAMED_ENUM(Bug, none, missing_barrier, missing_second_barrier, barrier_in_branch, different_barriers,
+           returns_before_barrier, lane_returns_before_shuffle, shuffle_in_branch, lanes_at_different_shuffles,
+           wrong_shuffle_mask, shared_out_of_bounds, shared_uninitialised, shared_race_in_warp, too_much_shared_memory,
+           store_past_end, load_past_end, missing_tail, misaligned_pack, index_overflow, blocks_share_an_output,
+           plain_counter, missing_fence, missing_first_fence, missing_second_fence, stale_load, not_the_last_block,
+           counter_not_zeroed, order_of_arrival, scalar_accesses, strided_accesses, bank_conflicts, partial_warp,
+           missing_signal, too_few_signals, not_together, missing_second_meeting, missing_meeting,
+           plain_load_after_signal, signal_without_fence, dynamic_out_of_bounds, wrong_fragment_row, wrong_fragment,
+           misaligned_matrices, divergent_matrices, matrices_in_two_places, matrices_past_end, divergent_product,
+           missing_swizzle, wrong_swizzle, misaligned_source, misaligned_copy, copy_past_end, copy_out_of_bounds,
+           copied_twice, missing_commit, wait_too_lax, missing_wait, missing_barrier_after_wait, barrier_before_wait,
+           copy_too_early, store_under_copy, exit_with_copies, own_copy_too_early, missing_warp_barrier);
 
 constexpr int kThreads = 128;
 
@@ -307,15 +290,14 @@ void run(Bug bug) {
 
 int main(int count, char** arguments) {
   using deepops::isa_gpu::Bug;
-  int chosen = -1;
-  for (int i = 0; i < int(std::size(deepops::isa_gpu::kNames)); ++i) {
-    if (count > 1 && !strcmp(arguments[1], deepops::isa_gpu::kNames[i])) chosen = i;
+  std::istringstream names(deepops::isa_gpu::kNames);
+  int bug = 0;
+  std::string name;
+  for (; std::getline(names >> std::ws, name, ','); ++bug) {
+    if (count > 1 && name == arguments[1]) break;
+    if (count == 1) std::printf("%s\n", name.c_str());
   }
-  const Bug bug = Bug(chosen);
-  if (chosen < 0) {
-    for (const char* name : deepops::isa_gpu::kNames) std::printf("%s\n", name);
-    return 64;
-  }
+  if (!names) return 64;
   bool counting = false;
   for (int i = 2; i < count; ++i) {
     const std::string word = arguments[i];
@@ -326,8 +308,8 @@ int main(int count, char** arguments) {
   }
   if (counting) simt_set_counting(1);
   try {
-    deepops::isa_gpu::run(bug);
-    deepops::isa_gpu::run_tensor_core(bug);
+    deepops::isa_gpu::run(Bug(bug));
+    deepops::isa_gpu::run_tensor_core(Bug(bug));
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 2;
