@@ -170,6 +170,39 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   check(cudaGetLastError(), name);
 }
 
+namespace detail {
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  return device;
+}
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
+}
+template <class... P>
+int named_bytes(void (*kernel)(P...)) {  // of shared memory
+  cudaFuncAttributes own;
+  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
+  return int(own.sharedSizeBytes);
+}
+}  // namespace detail
+
+// The most dynamic shared memory that a block of this kernel can have on the current device. launch_on_chip() may be
+// asked for more than 48 KiB, together with named arrays, from the first call on.
+template <class... P>
+int64_t most_on_chip(void (*kernel)(P...)) {
+  const int device = detail::current_device();
+  thread_local std::map<std::tuple<const void*, int>, int> known;
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device});
+  if (!is_new) return at->second;
+  const int most = detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - detail::named_bytes(kernel);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
+  return at->second = most;
+}
+
 // What launch_on_chip() may ask of the current device with `each` blocks on every multiprocessor: so many blocks run at
 // the same time, each with so many bytes of dynamic shared memory. 0 and 0 where that cannot be.
 struct Residency {
@@ -177,30 +210,21 @@ struct Residency {
 };
 template <class... P>
 Residency residency(void (*kernel)(P...), int threads, int each) {
-  int device = 0;
-  check(cudaGetDevice(&device), "device");
+  const int device = detail::current_device();
   thread_local std::map<std::tuple<const void*, int, int>, Residency> known;
   const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, each});
   if (!is_new) return at->second;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
-    return value;
-  };
-  if (!attribute(cudaDevAttrCooperativeLaunch)) return {};
-  cudaFuncAttributes own;
-  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
-  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
-  const int share = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / each -
-                    attribute(cudaDevAttrReservedSharedMemoryPerBlock) - int(own.sharedSizeBytes);
-  const int bytes = (most < share ? most : share) / 1024 * 1024;
+  if (!detail::attribute(cudaDevAttrCooperativeLaunch, device)) return {};
+  const int64_t share = detail::attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / each -
+                        detail::attribute(cudaDevAttrReservedSharedMemoryPerBlock, device) -
+                        detail::named_bytes(kernel);
+  const int64_t most = most_on_chip(kernel);
+  const int64_t bytes = (most < share ? most : share) / 1024 * 1024;
   if (bytes <= 0) return {};
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
   int fit = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, size_t(bytes)), "occupancy");
   if (fit < each) return {};
-  return at->second = {int64_t(each) * attribute(cudaDevAttrMultiProcessorCount), bytes};
+  return at->second = {int64_t(each) * detail::attribute(cudaDevAttrMultiProcessorCount, device), bytes};
 }
 
 // launch() with dynamic shared memory. together: all blocks run at the same time and may wait for each other; false,
@@ -391,15 +415,21 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); });
 }
 
+template <class... P>
+int64_t most_on_chip(void (*kernel)(P...)) {
+  return ::simt::most_on_chip(reinterpret_cast<const void*>(kernel));
+}
 using Residency = ::simt::Residency;
 template <class... P>
-Residency residency(void (*)(P...), int, int each) {
+Residency residency(void (*kernel)(P...), int, int each) {
+  most_on_chip(kernel);
   return ::simt::residency(each);
 }
 template <class... P, class... A>
 bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes, bool together,
                     Stream, A... arguments) {
-  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, size_t(bytes), together);
+  const ::simt::OnChip dynamic{size_t(bytes), reinterpret_cast<const void*>(kernel)};
+  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, dynamic, together);
   return true;
 }
 

@@ -1,7 +1,8 @@
 // Tensor cores, and copies that run beside the computation: what csrc/core/gpu.cuh is for everything else, for GPUs of
 // compute capability 8.0 and newer. Older ones have neither; there a kernel that uses them stops with an error.
 //
-// PTX: the PTX ISA 9.0, sections 9.7.9.25 (cp.async) and 9.7.15 (ldmatrix, mma). For the executor: tests/simt.
+// The instructions, in the PTX ISA 9.0: "cp.async", "Warp-level matrix load instruction: ldmatrix", "Matrix Fragments
+// for mma.m16n8k16 with floating point type". The executor's: tests/simt/copies.cpp and matrices.cpp.
 #pragma once
 #include "core/gpu.cuh"
 
@@ -27,7 +28,7 @@ DEEPOPS_DEVICE unsigned shared_address(const Shared<T>& array, int i) {
 
 // 16 bytes from global to shared memory, past the registers and the multiprocessor's own cache. They land at any time
 // between this call and the wait; until then nobody may touch them. Not `ok`: zeros, and `from` is not read.
-// from, and i, an element's index: on a 16-byte boundary.
+// from, read or not, and i, an element's index: on a 16-byte boundary.
 template <class T>
 DEEPOPS_DEVICE void copy_async(const Shared<T>& to, int i, const T* from, bool ok, Here = DEEPOPS_HERE) {
   if constexpr (detail::kTensorCores) {
@@ -98,7 +99,7 @@ DEEPOPS_DEVICE void copy_async(const Shared<T>& to, int i, const T* from, bool o
   if (ok) {
     value = detail::load_fresh<Bits16>(from, here);
   } else {
-    ::simt::no_load(kPackBytes, here);
+    ::simt::no_load(from, kPackBytes, here);
   }
   ::simt::copy_async(to.array, i, sizeof(T), &value, here);
 }

@@ -1,5 +1,5 @@
-// Copies from global to shared memory that are under way (PTX ISA, "Data Movement and Conversion Instructions:
-// Asynchronous copy": cp.async, cp.async.commit_group, cp.async.wait_group).
+// Copies from global to shared memory that are under way: cp.async, cp.async.commit_group and cp.async.wait_group of
+// the PTX ISA 9.0.
 //
 // A copy lands anywhere between its issue and the wait for its group: at once with threads in reverse, at the wait with
 // threads in order, and at random somewhere between. Until the wait nobody may touch the bytes, the copying thread

@@ -3,6 +3,12 @@
 
 namespace simt {
 
+int64_t most_on_chip(const void* kernel) {
+  const std::lock_guard lock(state.mutex);
+  state.large.insert(kernel);
+  return state.multiprocessor_bytes ? state.multiprocessor_bytes - int64_t(kReserved) : int64_t(kOnChip);
+}
+
 Residency residency(int per_multiprocessor) {
   const int64_t own = state.multiprocessor_bytes / per_multiprocessor - int64_t(kSharedLimit);
   return {int64_t(state.multiprocessors) * per_multiprocessor, own > 0 ? own / 16 * 16 : 0};

@@ -1,5 +1,6 @@
-// Operations of a warp on 16-bit matrices. The last lane to arrive computes for all of them, as the registers lie in
-// memory: "Warp-level matrix instructions" of the PTX ISA 9.0 has the places (9.7.15.5.8: m16n8k16; ldmatrix).
+// Operations of a warp on 16-bit matrices. The last lane to arrive computes for all of them, from where their registers
+// lie in memory. Who holds what: PTX ISA 9.0, "Warp-level matrix load instruction: ldmatrix" and "Matrix Fragments for
+// mma.m16n8k16 with floating point type".
 #include "simt/state.h"
 
 namespace simt {
@@ -8,18 +9,20 @@ namespace {
 constexpr int kRows = 16, kColumns = 8, kDepth = 16;
 
 // The values of 16-bit numbers, exactly: plain loops without a branch, which the compiler makes vectors of.
-void widen_half(const uint16_t* bits, float* value, int n) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits[i] & 0x7fffu, sign = uint32_t(bits[i] & 0x8000u) << 16;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);
-    const uint32_t infinite = magnitude >= 0x7c00u ? 112u << 23 : 0;  // and what is not a number
-    const uint32_t small = __builtin_bit_cast(uint32_t, float(int(magnitude)) * 0x1p-24f);
-    const uint32_t wide = magnitude < 0x400u ? small : normal + infinite;
-    value[i] = __builtin_bit_cast(float, wide | sign);
+template <int kRows, int kColumns>
+void widen(WarpOp op, const uint16_t (&bits)[kRows][kColumns], float (&value)[kRows][kColumns]) {
+  constexpr int kBias = (127 - 15) << 23, kInfinite = 0x7c00, kLeastNormal = 0x400;
+  for (int i = 0; i < kRows; ++i) {
+    for (int k = 0; k < kColumns && op == WarpOp::multiply_add_f16; ++k) {
+      const int magnitude = bits[i][k] & 0x7fff, sign = (bits[i][k] & 0x8000) << 16;
+      const int normal = (magnitude << 13) + kBias + (magnitude >= kInfinite ? kBias : 0);
+      const int small = __builtin_bit_cast(int, float(magnitude) * 0x1p-24f);
+      value[i][k] = __builtin_bit_cast(float, sign | (magnitude < kLeastNormal ? small : normal));
+    }
+    for (int k = 0; k < kColumns && op == WarpOp::multiply_add_bf16; ++k) {
+      value[i][k] = __builtin_bit_cast(float, bits[i][k] << 16);
+    }
   }
-}
-void widen_bfloat16(const uint16_t* bits, float* value, int n) {
-  for (int i = 0; i < n; ++i) value[i] = __builtin_bit_cast(float, uint32_t(bits[i]) << 16);
 }
 
 }  // namespace
@@ -53,9 +56,8 @@ void finish_multiply_add(WarpOp op, int lanes) {
     for (int i = 0; i < 4; ++i) b_bits[t + i / 2 * 8 + i % 2][g] = uint16_t(own_b[i / 2] >> i % 2 * 16);
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][t + i % 2] = own_d[i];
   }
-  const auto widen = op == WarpOp::multiply_add_f16 ? widen_half : widen_bfloat16;
-  widen(a_bits[0], a[0], kRows * kDepth);
-  widen(b_bits[0], b[0], kDepth * kColumns);
+  widen(op, a_bits, a);
+  widen(op, b_bits, b);
   for (int row = 0; row < kRows; ++row) {
     for (int k = 0; k < kDepth; ++k) {
       for (int column = 0; column < kColumns; ++column) d[row][column] += a[row][k] * b[k][column];

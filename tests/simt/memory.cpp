@@ -1,4 +1,6 @@
 // Global and shared memory: what is checked at an access, and what is taken down when counting.
+#include <algorithm>
+
 #include "simt/state.h"
 
 namespace simt {
@@ -16,42 +18,54 @@ void clear_shared(Block& block, size_t at, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) marks[i] = kUnwritten;
 }
 
-bool all_written(const unsigned char* marks, size_t bytes) {
-  const auto are = [marks](auto expected) {
-    auto found = expected;
-    memcpy(&found, marks, sizeof found);
-    return found == expected;
-  };
+// act(first, number) with the marks of an access as one number, or byte by byte where none is of that size.
+template <class Act>
+void in_words(unsigned char* marks, size_t bytes, Act act) {
+  constexpr uint64_t kEach = 0x0101010101010101;
   switch (bytes) {
     case 2:
-      return are(uint16_t{0x0101});
+      return act(marks, uint16_t(kEach));
     case 4:
-      return are(uint32_t{0x01010101});
+      return act(marks, uint32_t(kEach));
     case 8:
-      return are(uint64_t{0x0101010101010101});
+      return act(marks, kEach);
     case 16:
-      return are(static_cast<unsigned __int128>(0x0101010101010101) << 64 | 0x0101010101010101);
+      return act(marks, static_cast<unsigned __int128>(kEach) << 64 | kEach);
     default:
-      for (size_t k = 0; k < bytes; ++k) {
-        if (marks[k] != kWritten) return false;
-      }
-      return true;
+      for (size_t k = 0; k < bytes; ++k) act(marks + k, static_cast<unsigned char>(1));
   }
+}
+
+bool all_written(unsigned char* marks, size_t bytes) {
+  bool all = true;
+  in_words(marks, bytes, [&](const unsigned char* at, auto each) {
+    auto found = each;
+    memcpy(&found, at, sizeof found);
+    all &= found == decltype(each)(each * kWritten);
+  });
+  return all;
+}
+
+void set_marks(unsigned char* marks, size_t bytes, Mark mark) {
+  in_words(marks, bytes, [&](unsigned char* at, auto each) {
+    each = decltype(each)(each * mark);
+    memcpy(at, &each, sizeof each);
+  });
 }
 
 // The slow way through an access of bytes that are not all plainly written.
 void check_marks(const SharedArray& array, int i, size_t at, size_t bytes, bool store, Here here) {
   for (size_t k = at; k < at + bytes; ++k) {
-    if (array.marks[k] == kCopied) {
-      if (check_copied(unit_at(array.data + k), array, i, store, here)) {
-        unsigned char* const first = array.marks + k / 16 * 16;  // arrays begin on a 16-byte boundary
-        for (int b = 0; b < 16; ++b) {
-          if (first[b] == kCopied) first[b] = kWritten;
-        }
-      }
-    } else if (array.marks[k] == kUnwritten && !store) {
+    if (array.marks[k] == kUnwritten && !store) {
       fail(here, "%s[%d] in shared memory is read and was never written", array.name, i);
     }
+    if (array.marks[k] != kCopied) continue;
+    const bool everybodys = check_copied(unit_at(array.data + k), array, i, store, here);
+    const size_t end = (k / 16 + 1) * 16;  // of what was copied at once; arrays begin on a 16-byte boundary
+    for (size_t b = end - 16; b < end && everybodys; ++b) {
+      if (array.marks[b] == kCopied) array.marks[b] = kWritten;
+    }
+    k = std::min(end, at + bytes) - 1;
   }
 }
 
@@ -90,8 +104,9 @@ SharedArray shared_array(const char* name, size_t element_bytes, int count, cons
   }
   const size_t at = block.shared_bytes, bytes = (element_bytes * size_t(count) + 15) / 16 * 16;
   block.shared_bytes += bytes;
-  if (block.shared_bytes > kSharedLimit || block.array_count == kArraysLimit) {
-    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, block.shared_bytes, kSharedLimit);
+  const size_t limit = std::min(kSharedLimit, state.block_bytes - state.dynamic_bytes);
+  if (block.shared_bytes > limit || block.array_count == kArraysLimit) {
+    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, block.shared_bytes, limit);
   }
   clear_shared(block, at, bytes);
   const SharedArray array{name, block.shared + at, block.shared + shared_limit() + at, count};
@@ -114,11 +129,8 @@ void* shared_access(const SharedArray& array, int i, size_t element, size_t byte
   }
   const bool store = kind != Shared::load;
   unsigned char* const marks = array.marks + at;
-  if (!all_written(marks, bytes)) {
-    check_marks(array, i, at, bytes, store, here);
-    for (size_t k = 0; k < bytes && store; ++k) marks[k] = kWritten;
-  }
-  for (size_t k = 0; k < bytes && kind == Shared::copy; ++k) marks[k] = kCopied;
+  if (!all_written(marks, bytes)) check_marks(array, i, at, bytes, store, here);
+  if (store) set_marks(marks, bytes, kind == Shared::copy ? kCopied : kWritten);
   if (running.counting) record(array.data + at, bytes, bytes, store, true, here);
   return array.data + at;
 }
@@ -140,16 +152,29 @@ void record_global(const void* p, size_t bytes, Global kind, Here here) {
 
 void record_no_load(size_t bytes, Here here) { record(nullptr, 0, bytes, false, false, here); }
 
+// The place's number. Most are found where they were left the last time.
+static uint32_t number_of(const Place& place) {
+  static struct {
+    Place place;
+    uint32_t number;
+  } recent[256];
+  auto& found = recent[size_t(place.line * 16 + place.kind * 4) % 256 ^ place.bytes];
+  if (found.place.file != place.file || found.place.line != place.line || found.place.kind != place.kind ||
+      found.place.bytes != place.bytes) {
+    found = {place, state.places.try_emplace(place, uint32_t(state.places.size())).first->second};
+  }
+  return found.number;
+}
+
 void record(const void* p, size_t bytes, size_t width, bool store, bool shared, Here here) {
-  const Place place{here.file, here.line, store * 2 + shared, width};
-  const auto found = state.places.try_emplace(place, uint32_t(state.places.size())).first;
+  const uint32_t place = number_of({here.file, here.line, store * 2 + shared, width});
   auto& passes = state.block->passes[running.thread];
-  if (passes.size() <= found->second) passes.resize(found->second + 1);
-  const uint32_t pass = passes[found->second]++;
+  if (passes.size() <= place) passes.resize(place + 1);
+  const uint32_t pass = passes[place]++;
   if (bytes == 0) return;
-  state.block->accesses.push_back({uint32_t(running.thread / kWarp), found->second, pass,
-                                   uint32_t(running.thread % kWarp), uint32_t(bytes), reinterpret_cast<uint64_t>(p),
-                                   store, shared});
+  const int warp = running.thread / kWarp, lane = running.thread % kWarp;
+  state.block->accesses.push_back(
+      {Access::order_of(warp, place, pass, lane), reinterpret_cast<uint64_t>(p), uint32_t(bytes), store, shared});
 }
 
 }  // namespace simt

@@ -112,17 +112,27 @@ void begin(Block& block, int number, Pool& pool) {
   for (auto& passes : block.passes) passes.clear();
 }
 
-// Runs one of the threads that can until it waits.
-void step(Block& block) {
-  if (state.schedule == Schedule::random)
+// The thread that runs next, one of those that can, of which there is one.
+Fiber& choose(Block& block) {
+  if (state.schedule == Schedule::random) {
     std::swap(block.ready[next_random() % block.ready.size()], block.ready.back());
+  }
   state.block = &block;
   running.block = block.number;
   running.thread = block.ready.back();
   block.ready.pop_back();
-  state.scheduler->switch_to(me().fiber);
+  state.thread = &of(block, running.thread);
+  return state.thread->fiber;
+}
+
+// Runs threads of the block until the scheduler has to look after others.
+void run(Block& block) {
+  state.scheduler->switch_to(choose(block));
   if (!state.error.empty()) give_up();
 }
+
+// Whether threads go on with the next of their block themselves: it saves every second switch.
+bool stays_in_block() { return !state.cooperative || state.schedule != Schedule::random; }
 
 void finish(Block& block) {
   if (block.alive != 0) {
@@ -146,7 +156,7 @@ void run_one_by_one(const std::vector<int>& numbers) {
   Block& block = state.blocks[0];
   for (const int number : numbers) {
     begin(block, number, pool(size_t(number % 2)));
-    while (!block.ready.empty()) step(block);
+    while (!block.ready.empty()) run(block);
     finish(block);
   }
 }
@@ -163,12 +173,12 @@ void run_side_by_side(const std::vector<int>& numbers) {
     }
     if (able.empty()) break;
     if (state.schedule != Schedule::random) {
-      while (!able[0]->ready.empty()) step(*able[0]);
+      while (!able[0]->ready.empty()) run(*able[0]);
       continue;
     }
     for (int turn = 0; turn < kThreadsAtRandom; ++turn) {
       Block& block = *able[next_random() % able.size()];
-      if (!block.ready.empty()) step(block);
+      if (!block.ready.empty()) run(block);
     }
   }
   for (Block& block : state.blocks) finish(block);
@@ -203,8 +213,10 @@ void enter() {
 }
 
 void pause() {
+  Fiber& self = me().fiber;
   land_some(me());
-  me().fiber.switch_to(*state.scheduler);
+  Fiber& next = stays_in_block() && !state.block->ready.empty() ? choose(*state.block) : *state.scheduler;
+  if (&next != &self) self.switch_to(next);
 }
 
 std::string text_of(Here here) {
@@ -220,7 +232,7 @@ void fail(Here here, const char* format, ...) {
   va_end(arguments);
   state.error = place_of(running.thread, here) + ": " + text;
   release(&launch_order.done);
-  pause();  // for good: the scheduler gives up
+  me().fiber.switch_to(*state.scheduler);  // for good
   __builtin_unreachable();
 }
 
@@ -235,20 +247,31 @@ void barrier(Here here) {
   acquire(turn);
 }
 
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, size_t dynamic_bytes,
+// Ends a launch that a GPU would not begin.
+static void check_launch(const char* name, int threads, OnChip dynamic) {
+  const auto refuse = [name](size_t what, const char* of_what, size_t allowed) {
+    throw std::runtime_error(std::string("SIMT: ") + name + ": " + std::to_string(what) + of_what +
+                             std::to_string(allowed) + " are allowed");
+  };
+  if (threads <= 0 || threads > 1024) refuse(size_t(threads), " threads a block; 1 to ", 1024);
+  const bool large = state.large.count(dynamic.kernel) != 0;
+  const size_t most = state.multiprocessor_bytes ? size_t(state.multiprocessor_bytes) - kReserved : kOnChip;
+  state.block_bytes = large ? most : kSharedLimit;
+  if (dynamic.bytes <= state.block_bytes) return;
+  refuse(dynamic.bytes, " bytes of dynamic shared memory; up to ", state.block_bytes);
+}
+
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, OnChip dynamic,
             bool cooperative) {
-  if (threads <= 0 || threads > 1024) {
-    throw std::runtime_error(std::string("SIMT: ") + name + ": " + std::to_string(threads) +
-                             " threads a block; 1 to 1024 are allowed");
-  }
   const std::lock_guard lock(state.mutex);
+  check_launch(name, threads, dynamic);
   Fiber scheduler;
   state.scheduler = &scheduler;
   state.body = &body;
   state.kernel = name;
   state.error.clear();
   state.threads = threads;
-  state.dynamic_bytes = dynamic_bytes;
+  state.dynamic_bytes = dynamic.bytes;
   state.cooperative = cooperative;
   state.memory.clear();
   Counts counts;
@@ -264,7 +287,12 @@ void launch(const char* name, int64_t blocks, int threads, const std::function<v
   acquire(&launch_order.done);
   state.blocks.clear();
   state.memory.clear();
-  if (state.counting) state.recorded.push_back(counts);
+  if (!state.counting) return;
+  for (const auto& [place, number] : state.places) {
+    const auto found = counts.conflicts_at.find(number);
+    if (found != counts.conflicts_at.end()) counts.conflicts[text_of({place.file, place.line})] += found->second;
+  }
+  state.recorded.push_back(counts);
 }
 
 }  // namespace simt

@@ -32,7 +32,8 @@ NAMED_ENUM(Bug, none, missing_barrier, missing_second_barrier, barrier_in_branch
            misaligned_matrices, divergent_matrices, matrices_in_two_places, matrices_past_end, divergent_product,
            missing_swizzle, wrong_swizzle, misaligned_source, misaligned_copy, copy_past_end, copy_out_of_bounds,
            copied_twice, missing_commit, wait_too_lax, missing_wait, missing_barrier_after_wait, barrier_before_wait,
-           copy_too_early, store_under_copy, exit_with_copies, own_copy_too_early, missing_warp_barrier);
+           copy_too_early, store_under_copy, exit_with_copies, own_copy_too_early, missing_warp_barrier, never_asked,
+           more_than_there_is);
 
 constexpr int kThreads = 128;
 
@@ -47,7 +48,7 @@ DEEPOPS_KERNEL(kThreads) scale(const float* x, float* y, int64_t n, Bug bug) {
   }
   for (int64_t i = thread; i < packs; i += threads) {
     int64_t at = i * Pack::kSize;
-    if (bug == Bug::strided_accesses) at = (i % 16 * (packs / 16) + i / 16) * Pack::kSize;
+    if (bug == Bug::strided_accesses) at = (i % 32 * (packs / 32) + i / 32) * Pack::kSize;
     if (bug == Bug::misaligned_pack) at = at == 0 ? 0 : at - 1;
     Pack pack = gpu::load_pack(x + at);
     for (float& value : pack.value) value = 2 * value + 1;

@@ -119,6 +119,16 @@ DEEPOPS_KERNEL(gpu::kWarp) turn_lanes(const float* x, float* y, Bug bug) {
   gpu::store_pack(y + gpu::lane() * 4, kept.load_pack((gpu::lane() + 1) % gpu::kWarp * 4));
 }
 
+// More shared memory than a block gets without asking.
+DEEPOPS_KERNEL(gpu::kWarp) much_on_chip(float* y, int n) {
+  const auto kept = gpu::dynamic_shared<float>();
+  DEEPOPS_SHARED(float, named, gpu::kWarp);
+  for (int i = gpu::lane(); i < n; i += gpu::kWarp) kept.store(i, float(i));
+  named.store(gpu::lane(), 1.0f);
+  gpu::warp_barrier();
+  gpu::store(y + gpu::lane(), kept.load(n - 1 - gpu::lane()) + named.load(gpu::lane() ^ 1));
+}
+
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
 inline uint16_t bits_of(core::Half, int value) { return gpu::to_half(float(value)).bits; }
@@ -169,6 +179,13 @@ inline void run_tensor_core(Bug bug) {
   bool same = true;
   for (size_t i = 0; i < y.size(); ++i) same &= y[i] == x[(i + 4) % x.size()];
   expect(same, "turn_lanes");
+
+  int64_t bytes = 64 << 10;
+  if (bug != Bug::never_asked) bytes = gpu::most_on_chip(much_on_chip) - gpu::kWarp * int64_t(sizeof(float));
+  if (bug == Bug::more_than_there_is) bytes += 16;
+  const int n = int(bytes) / int(sizeof(float));
+  gpu::launch_on_chip("much_on_chip", much_on_chip, 1, gpu::kWarp, bytes, false, 0, y.data(), n);
+  for (int i = 0; i < gpu::kWarp; ++i) expect(y[size_t(i)] == float(n - i), "much_on_chip");
 }
 
 }  // namespace deepops::isa_gpu

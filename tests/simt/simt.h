@@ -3,8 +3,8 @@
 // csrc/core/gpu.cuh calls what is declared here when it is compiled with DEEPOPS_SIMT; kernels never do. Blocks run one
 // after another, those of a cooperative launch side by side; threads run until they wait for each other. What no real
 // GPU reports is an error with block, thread and line: a barrier that not all threads reach, lanes of a warp at
-// different places, a deadlock, a misaligned access, shared memory out of bounds or never written. On request every
-// access is recorded and counted as the hardware would serve it, warp by warp.
+// different places, a deadlock, a misaligned access, shared memory out of bounds, never written or still being copied
+// to. On request every access is recorded and counted as the hardware would serve it, warp by warp.
 //
 // Three builds (tests/simt/CMakeLists.txt) divide the work. The fast one runs schedules: in order, in reverse, random.
 // Under AddressSanitizer and UBSan global memory is checked. Under ThreadSanitizer each fiber is a thread to the
@@ -75,17 +75,20 @@ T shuffle(WarpOp op, T value, int argument, Here here) {
 enum class Global { load, load_fresh, store };
 
 void record_global(const void* p, size_t bytes, Global kind, Here here);
+inline void check_aligned(const void* p, size_t bytes, Global kind, Here here) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
+}
 inline void global_access(const void* p, size_t bytes, Global kind, Here here) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
-  }
+  check_aligned(p, bytes, kind, here);
   if (running.counting) record_global(p, bytes, kind, here);
 }
 
 void record_no_load(size_t bytes, Here here);
 
 // Other lanes of the warp load here and this one does not: its next access at this place still counts with theirs.
-inline void no_load(size_t bytes, Here here) {
+inline void no_load(const void* p, size_t bytes, Here here) {
+  check_aligned(p, bytes, Global::load, here);
   if (running.counting) record_no_load(bytes, here);
 }
 
@@ -111,10 +114,17 @@ void copy_async_wait(int newest, Here here);
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
-// Runs body() once for each thread. Throws std::runtime_error if the kernel was stopped by fail().
-// dynamic_bytes: of shared memory for dynamic_array(). cooperative: blocks may wait for each other.
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, size_t dynamic_bytes = 0,
+// Dynamic shared memory of a launch, for dynamic_array(). kernel: of which most_on_chip() was asked.
+struct OnChip {
+  size_t bytes = 0;
+  const void* kernel = nullptr;
+};
+// Runs body() once for each thread. Throws std::runtime_error if the kernel was stopped by fail(). cooperative: blocks
+// may wait for each other.
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, OnChip dynamic = {},
             bool cooperative = false);
+// What a block of the pretended device may have. From then on this kernel may have more than 48 KiB.
+int64_t most_on_chip(const void* kernel);
 // Of the pretended device: how many blocks there may be in a cooperative launch with so many on each multiprocessor,
 // and how much dynamic shared memory each can have.
 struct Residency {
@@ -134,7 +144,8 @@ extern "C" {
 #define SIMT_EXPORT __attribute__((visibility("default")))
 // 0: in order, 1: in reverse, 2: random by seed. Holds for launches to come.
 SIMT_EXPORT void simt_set_schedule(int kind, uint64_t seed);
-// The device that residency() speaks of: multiprocessors, and bytes of shared memory on each. At first there are none.
+// The pretended device: multiprocessors, and bytes of shared memory on each. At first there are no multiprocessors for
+// residency(), and a block may have the 99 KiB that every GPU of compute capability 8.0 and newer can give it.
 SIMT_EXPORT void simt_set_device(int multiprocessors, int64_t shared_bytes);
 // Starts (1) or ends (0) the recording of launches; starting forgets what was recorded before.
 SIMT_EXPORT void simt_set_counting(int counting);

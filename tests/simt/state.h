@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -27,6 +28,8 @@ namespace simt {
 
 constexpr int kWarp = 32;
 constexpr size_t kSharedLimit = 48 << 10;  // what a block gets without asking for more
+constexpr size_t kOnChip = 99 << 10;       // what it can get by asking on the smallest GPU with tensor cores
+constexpr size_t kReserved = 1 << 10;      // what the system takes of a multiprocessor's shared memory for a block
 constexpr int kArraysLimit = 32;
 constexpr int kCopiesLimit = 256;  // of one thread, under way at the same time
 constexpr int kGroupsLimit = 16;   // of them
@@ -141,12 +144,15 @@ struct State {
 
   int threads = 0;           // of a block
   size_t dynamic_bytes = 0;  // of shared memory, beside that of named arrays
+  size_t block_bytes = 0;    // that both may have together
   bool cooperative = false;
   std::vector<Block> blocks;  // the one that runs, or all of a cooperative launch
   Block* block = nullptr;     // the running one
+  Thread* thread = nullptr;   // in it
   std::vector<std::unique_ptr<unsigned char[]>> memory;
   int multiprocessors = 0;  // of the pretended device
   int64_t multiprocessor_bytes = 0;
+  std::set<const void*> large;  // kernels that may have more than kSharedLimit
 
   Counts* counts = nullptr;
   std::map<Place, uint32_t> places;
@@ -155,7 +161,7 @@ struct State {
 extern State state;
 
 inline Thread& of(const Block& block, int thread) { return *(*block.pool)[thread]; }
-inline Thread& me() { return of(*state.block, running.thread); }
+inline Thread& me() { return *state.thread; }
 
 inline uint64_t next_random() {  // xorshift64
   state.random ^= state.random << 13;

@@ -82,6 +82,8 @@ CAUGHT: dict[str, dict[str, int]] = {
     "exit_with_copies": dict.fromkeys(EVERY, STOPPED),
     "own_copy_too_early": dict.fromkeys(EVERY, STOPPED),
     "missing_warp_barrier": dict.fromkeys(EVERY, STOPPED),
+    "never_asked": dict.fromkeys(EVERY, STOPPED),
+    "more_than_there_is": dict.fromkeys(EVERY, STOPPED),
 }
 COUNTED = (
     "scalar_accesses",
@@ -198,12 +200,16 @@ def test_bank_conflicts_cost_wavefronts() -> None:
     launch = counts("bank_conflicts")["reverse_twice"]
     # 4 stores of one warp, all 32 lanes in one bank, where one wavefront would do; in 3 blocks.
     assert launch["wavefronts"] - launch["ideal_wavefronts"] == 3 * 4 * 31
+    ((place, wavefronts),) = launch["conflicts"].items()
+    assert place.startswith("selftest.cu:")
+    assert wavefronts == 3 * 4 * 31
 
 
 def test_a_missing_swizzle_costs_wavefronts() -> None:
     for name in ("pipeline_f16", "pipeline_bf16"):
         launch = counts("none")[name]
         assert launch["wavefronts"] == launch["ideal_wavefronts"], name
+        assert launch["conflicts"] == {}
     launch = counts("missing_swizzle")["pipeline_f16"]
     # Rows of 64 bytes: the eight of a matrix lie in two places of the banks, four in each. 3 steps of 2 times 2 loads
     # by 2 warps, 4 matrices each; the copies, whole rows, are as good as before.
