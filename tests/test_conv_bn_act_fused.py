@@ -17,6 +17,7 @@ from conv_tile_cases import (
     EXACT_ACTIVATIONS,
     F16,
     F32,
+    Case,
     ConvPools,
     case_of,
     cover,
@@ -26,12 +27,13 @@ from conv_tile_cases import (
     oracle_results,
     statistic_scales,
     statistics,
+    stock_results,
     stock_statistics,
 )  # fmt: skip
 from torch import Tensor
 
 from deepops import _fake_conv, reference
-from deepops.testing import ErrorPool, error_ratio
+from deepops.testing import ErrorPool, assert_close_to_oracle, error_ratio
 
 pytestmark = [
     pytest.mark.usefixtures("backend", "one_thread"),
@@ -87,6 +89,20 @@ def test_steps_with_dilation_and_stride():
         assert torch.equal(op_results(case)["y"].cpu(), oracle_results(case)["y"].float()), (stride, dilation)
 
 
+def test_several_tiles_a_block():
+    """As in large batches; with a filter that stays where it is, and with one in steps, a tap each."""
+    image, geometry = (2060, 1, 1), {"filter_size": (1, 2), "dilation": (1, 1000)}
+    stays = make_case(image, 1, 1, integers=True, filter_size=(1, 1), padding=(0, 0, 0, 0))
+    steps = make_case(image, 1, 1, integers=True, padding=(0, 0, 1000, 0), **geometry)
+    for case in (stays, steps):
+        assert torch.equal(evaluate(case).cpu(), oracle_results(case)["y"].float())
+    z, mean, invstd = statistics(stays)
+    expected, stock = oracle_results(stays), stock_results(stays)
+    assert torch.equal(z.cpu(), expected["z"].float())
+    assert_close_to_oracle(mean, stock["mean"], expected["mean"])
+    assert_close_to_oracle(invstd, stock["invstd"], expected["invstd"])
+
+
 @each_kernel
 def test_not_a_number_and_infinity(kernel):
     """They reach what they reach in stock, statistics included."""
@@ -107,9 +123,9 @@ def test_overflow(kernel):
         case = make_case(image, channels, out_channels)
         case.x.mul_(1e22)
         _, mean, invstd = statistics(case)
-        expected = oracle_results(case)
-        torch.testing.assert_close(mean.cpu().double(), expected["mean"], rtol=1e-5, atol=1e16)
-        torch.testing.assert_close(invstd.cpu().double(), expected["invstd"], rtol=1e-5, atol=0)
+        expected, stock = oracle_results(case), stock_results(case)
+        assert_close_to_oracle(mean, stock["mean"], expected["mean"])
+        assert_close_to_oracle(invstd, stock["invstd"], expected["invstd"])
     case = make_case(image, channels, out_channels, F16)
     case.conv_weight[0] = 30.0
     case.x[0, :, 4, 5] = 1e4
@@ -146,18 +162,28 @@ def test_statistics_are_those_of_what_is_stored(kernel):
 def test_running_statistics(kernel, missing):
     """Whichever there are, and as the op that takes a convolution's result learns them."""
     image, channels, out_channels = SMALL[kernel]
+    pools = {name: ErrorPool() for name in ("running_mean", "running_var")}
     for momentum, dtype in product((0.3, None), dtypes_of(kernel)):
         case = make_case(image, channels, out_channels, dtype, momentum=momentum)
         case = replace(case, **dict.fromkeys(missing))
-        fused, apart = case.clone(), case.clone()
+        fused, apart, wide = case.clone(), case.clone(), case.in_double()
         z, *_ = statistics(fused)
         backends.ops().batch_norm_act_train(
             z, None, None, None, apart.running_mean, apart.running_var, apart.num_batches_tracked, momentum, case.eps,
             "identity", 0.0,
         )  # fmt: skip
-        for name in BUFFERS:
+        reference.batch_norm_act(
+            z.cpu().double(), wide.running_mean, wide.running_var, None, None, True, momentum,
+            num_batches_tracked=wide.num_batches_tracked,
+        )  # fmt: skip
+        for name, pool in pools.items():
             if name not in missing:
-                torch.testing.assert_close(getattr(fused, name), getattr(apart, name), rtol=2e-7, atol=2e-7)
+                pool.add(getattr(fused, name), getattr(apart, name), getattr(wide, name), name=f"{name} {dtype}")
+        if "num_batches_tracked" not in missing:
+            assert fused.num_batches_tracked == apart.num_batches_tracked == wide.num_batches_tracked == 4
+    for name, pool in pools.items():
+        if name not in missing:
+            pool.check()
 
 
 def test_the_rest_of_the_forward():
@@ -165,11 +191,14 @@ def test_the_rest_of_the_forward():
     case = make_case((2, 9, 20), 3, 20, residual=True, activation="silu")
     z, mean, invstd = statistics(case)
     y = backends.ops().batch_norm_act_eval(z, case.residual, case.scale, case.shift, mean, invstd, "silu", 0.0)
-    wide = case.in_double()
-    expected = reference.batch_norm_act(
-        oracle_results(case)["z"], None, None, wide.scale, wide.shift, True, activation="silu", residual=wide.residual
-    )
-    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+    def forward(case: Case, z: Tensor) -> Tensor:
+        return reference.batch_norm_act(
+            z, None, None, case.scale, case.shift, True, activation="silu", residual=case.residual
+        )
+
+    stock = forward(case.on_cpu(), stock_results(case)["z"])
+    assert_close_to_oracle(y, stock, forward(case.in_double(), oracle_results(case)["z"]))
 
 
 @each_kernel

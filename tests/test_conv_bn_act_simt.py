@@ -45,7 +45,7 @@ def test_nothing_launches_nothing():
     assert [launch.name for launch in counted.launches] == ["conv_bn_act_count"]
 
 
-# Bytes that move over compulsory ones, in evaluation with a residual and in training, in fp32 and in 16 bits. Also move:
+# Bytes that move over compulsory ones, in evaluation with a residual and in training, in fp32 and in 16 bits. The rest:
 # the borders that blocks share of x, the rest of the sectors in which rows of a patch begin and end, the filter for
 # every block (of a large batch, for several tiles), partial statistics out and in. Counted without caches.
 NONE = {"padding": (0, 0, 0, 0)}

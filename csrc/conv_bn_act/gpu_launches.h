@@ -47,7 +47,7 @@ struct PatchSide {
 };
 
 inline DirectTiles direct_tiles_of(const ConvProblem& p) {
-  constexpr int kMostBlocks = 2048;  // more do not fill a device better: they share filters instead
+  constexpr int kMostBlocks = 1024;  // more do not fill a device better: they share filters instead
   DirectTiles t{};
   t.tiles_y = int(up(p.out_height, DirectTiles::kHeight));
   t.tiles_x = int(up(p.out_width, DirectTiles::kWidth));
