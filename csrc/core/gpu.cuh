@@ -1,4 +1,4 @@
-// The portability layer of the GPU kernels: the only file that knows whether it is CUDA.
+// The portability layer of the GPU kernels: with tensor_core.cuh the only file that knows whether it is CUDA.
 //
 // nvcc compiles the .cu files for the GPU. With DEEPOPS_SIMT, g++ compiles the very same files, launch code included,
 // for the executor in tests/simt, which runs one fiber per CUDA thread on CPU tensors and checks and counts what the
@@ -39,6 +39,13 @@ namespace deepops::gpu {
 
 constexpr int kWarp = 32;
 constexpr int kPackBytes = 16;
+
+// 16 bytes of T, which move in one instruction.
+template <class T>
+struct alignas(kPackBytes) Pack {
+  static constexpr int kSize = kPackBytes / int(sizeof(T));
+  T value[kSize];
+};
 
 // ---- what differs: nvcc ---------------------------------------------------------------------------------------------
 
@@ -104,11 +111,18 @@ DEEPOPS_DEVICE T shuffle(T value, int source_lane, Here = DEEPOPS_HERE) {
 DEEPOPS_DEVICE unsigned ballot(bool condition, Here = DEEPOPS_HERE) { return __ballot_sync(0xffffffffu, condition); }
 
 // DEEPOPS_SHARED(T, name, n): an array of n T shared by the block, uninitialised; name.load(i), name.store(i, value).
+// i of a pack: of its first element, on a 16-byte boundary.
 template <class T>
 struct Shared {
   T* data;
   DEEPOPS_DEVICE T load(int i, Here = DEEPOPS_HERE) const { return data[i]; }
   DEEPOPS_DEVICE void store(int i, T value, Here = DEEPOPS_HERE) const { data[i] = value; }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here = DEEPOPS_HERE) const {
+    return __builtin_bit_cast(Pack<T>, *reinterpret_cast<const Bits16*>(data + i));
+  }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here = DEEPOPS_HERE) const {
+    *reinterpret_cast<Bits16*>(data + i) = __builtin_bit_cast(Bits16, pack);
+  }
 };
 #define DEEPOPS_SHARED(T, name, n)                \
   __shared__ __align__(16) T name##_in_shared[n]; \
@@ -329,15 +343,23 @@ DEEPOPS_DEVICE unsigned ballot(bool condition, Here here = DEEPOPS_HERE) { retur
 template <class T>
 struct Shared {
   ::simt::SharedArray array;
-  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const {
-    const void* p = ::simt::shared_access(array, i, sizeof(T), false, here);
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
+  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const { return read<T>(i, here); }
+  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const { write(i, value, here); }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here here = DEEPOPS_HERE) const { return read<Pack<T>>(i, here); }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here here = DEEPOPS_HERE) const { write(i, pack, here); }
+
+ private:
+  template <class V>
+  V read(int i, Here here) const {
+    const void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::load, here);
+    V value;
+    __builtin_memcpy(&value, p, sizeof(V));
     return value;
   }
-  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const {
-    void* p = ::simt::shared_access(array, i, sizeof(T), true, here);
-    __builtin_memcpy(p, &value, sizeof(T));
+  template <class V>
+  void write(int i, const V& value, Here here) const {
+    void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::store, here);
+    __builtin_memcpy(p, &value, sizeof(V));
   }
 };
 // Its key: the address of a static variable, of which every instantiation of a template has its own.
@@ -422,13 +444,6 @@ inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
 
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
 DEEPOPS_DEVICE int warp() { return thread() / kWarp; }
-
-// 16 bytes of T, which move in one instruction.
-template <class T>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / int(sizeof(T));
-  T value[kSize];
-};
 
 // Global memory. p of a pack: on a 16-byte boundary.
 template <class T>
