@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.usefixtures("backend", "one_thread"),
     pytest.mark.parametrize("backend", ["simt", "cuda"], indirect=True),
 ]
-KERNELS = ["direct"]
+KERNELS = ["direct", "gemm"]
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 # Few values of each kernel: what a test needs that is not about geometry.
 SMALL = {"direct": ((2, 9, 20), 3, 20), "gemm": ((2, 9, 20), 16, 40)}  # image, C, K
