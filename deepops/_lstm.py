@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepops import _batch_norm_act
+from deepops._autograd import Grad, aliases
 from deepops._checks import autocast_enabled, transforms_active
+from deepops._fallback import warn_once
 from deepops._library import gpu_not_covered, has_kernel
 from deepops._lstm_products import (
     input_gates,
@@ -29,7 +30,6 @@ from deepops._lstm_products import (
 from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.reference import lstm as reference
 
-Grad = Tensor | None
 # reverse, cell_clip, layer_norm_eps, zoneout_h, zoneout_c, recurrent_dropout, first_step: as the ops take them.
 Settings = tuple[bool, float | None, float, float, float, float, int]
 # h and c of every step, h and c of the last one.
@@ -68,9 +68,8 @@ def choice(x: Tensor, plain: bool, recorded: bool = False) -> str:
     if plain and (recorded or not transforms_active()):
         return "torch"
     device = x.device.type
-    silent = recorded or device in ("meta", *_batch_norm_act._warned) or torch.compiler.is_compiling()
-    if not (silent or _KERNEL_ON.get(device)):
-        _batch_norm_act._warn_once(device)
+    if not (recorded or torch.compiler.is_compiling() or _KERNEL_ON.get(device)):
+        warn_once(device)
     return "reference"
 
 
@@ -278,8 +277,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
 def _differentiable_backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
     mask, lengths, seed = saved[13:16]
-    # Aliases: the history of one input may lead to another, and what comes that way is for others to add.
-    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:13]]
+    inputs = aliases(saved[:13])
     x, h0, c0, *weights = inputs
     states = _plain(x, h0, c0, Weights(*weights), mask, lengths, seed, ctx.settings)
     pairs = [(state, grad) for state, grad in zip(states, grads_of_states, strict=True) if grad is not None]

@@ -62,6 +62,7 @@ def test_tensor_cores_are_used_where_they_should_be() -> None:
     older = dataclasses.replace(key, arch=75)
     assert gate.judge({older: FINE}, {older: LIMITS}) == []
     assert compiled.dynamic_shared(key.kernel) == 4 * (128 + 64) * 64
+    assert compiled.dynamic_shared("direct_convolution<float, (ConvResult)0>") == 41600
     assert compiled.dynamic_shared("forward<float>") == 0
 
 

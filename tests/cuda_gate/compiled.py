@@ -163,6 +163,8 @@ def dynamic_shared(kernel: str) -> int:
     >>> dynamic_shared("implicit_gemm<Half, Tile<128, 64, 64, 32, 4, 3>, (ConvResult)0, true>")
     49152
     """
+    if kernel.startswith("direct_convolution<"):
+        return 4 * (8 * 16 * 40 + 160 * 33)  # the most, as DirectTiles::words() in csrc/conv_bn_act/direct.cuh
     tile = re.search(r"\bTile<(\d+), (\d+), \d+, \d+, (\d+), \d+>", kernel)
     if not tile:
         return 0
