@@ -120,6 +120,11 @@ def compare() -> Step:
     return run("Comparison", sys.executable, "-m", "benchmarks.compare", "cpu", "simt", "cuda", name="compare", keep=99)
 
 
+def convolutions() -> Step:
+    """deepops' fused convolution against cuDNN's."""
+    return run("Convolutions, both ways", sys.executable, "-m", "benchmarks.conv_ways", name="conv_ways", keep=99)
+
+
 def timings() -> Step:
     """Every benchmark with device events."""
     return run("Timings", sys.executable, "-m", "benchmarks.run", "--device", "cuda", name="timings", keep=99)
@@ -135,10 +140,9 @@ def report(facts: dict[str, str], steps: Sequence[Step]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do all of it; a failed build ends it, a failed later step does not."""
+    later = {"tests": tests, "compare": compare, "convolutions": convolutions, "timings": timings}
     parser = argparse.ArgumentParser(prog="make gpu", description="Build, test, compare and time on this NVIDIA GPU.")
-    parser.add_argument(
-        "--skip", nargs="+", choices=("tests", "compare", "timings"), default=[], help="leave these out"
-    )
+    parser.add_argument("--skip", nargs="+", choices=later, default=[], help="leave these out")
     options = parser.parse_args(arguments)
     try:
         facts = gpu()
@@ -147,7 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     steps = [build(facts["compute capability"])]
     if steps[0].ok:
-        later = {"tests": tests, "compare": compare, "timings": timings}
         steps += [step() for name, step in later.items() if name not in options.skip]
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "report.md").write_text(text := report(facts, steps))

@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, int[2] stride, int[4] padding, int[2] dilation, str activation, "
       "float negative_slope, bool need_x, bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // act(conv2d(x, conv_weight, bias, groups=C)): evaluation, with batch norm folded into conv_weight and bias, [C]. The
+  // CPU's alone: on a GPU it is ATen's convolution and an activation.
+  m.def(
+      "depthwise_bn_act_eval(Tensor x, Tensor conv_weight, Tensor bias, int[2] stride, int[4] padding, "
+      "int[2] dilation, str activation, float negative_slope) -> Tensor y");
   // What follows the product of inputs and W_ih, for a whole sequence; deepops/reference/lstm.py has the formulas.
   // gates_x: x W_ih^T + b_ih + b_hh, [T, B, 4H], float for 16-bit data on the CPU. seed: of the random masks; None in
   // evaluation. first_step: the number of step 0. save: also return what the backward needs: activated gates (i, f, g
@@ -75,9 +80,12 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "(Tensor grad_gates, Tensor grad_r, Tensor grad_out, Tensor grad_h0, Tensor grad_c0, "
       "Tensor grad_weight_peephole, Tensor grad_weight_ln_hh, Tensor grad_weight_ln_c, Tensor grad_bias_ln_c)");
   // The large products around it on the CPU, float32 or float64: a [M, K] times weight [K, N], or [N, K] if transposed,
-  // plus bias; and grad^T x, the sum over all steps' rows.
+  // plus bias; and grad^T x, the sum over all steps' rows, with the sums of grad's columns if wanted. Rows of `start`
+  // come before those of x, or after them.
   m.def("_lstm_product(Tensor a, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
-  m.def("_lstm_weight_gradient(Tensor grad, Tensor x) -> Tensor");
+  m.def(
+      "_lstm_weight_gradient(Tensor grad, Tensor x, Tensor? start, bool start_last, bool sums) -> "
+      "(Tensor, Tensor sums)");
   // Both weights of a cell in the order in which lstm_cell reads them; device dependent, opaque. Weights [4H, I],
   // [4H, H].
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor packed");
@@ -104,6 +112,26 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, Tensor moments, Tensor bits, str activation, float negative_slope, bool need_x, "
       "bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // act(conv2d(x, conv_weight, bias, stride) + residual) of a 1x1 convolution: evaluation, with batch norm folded into
+  // conv_weight and bias. fp32 or fp64, channels_last or contiguous, on the CPU, as above. packed: conv_weight in the
+  // order in which channels_last data is multiplied with it; None: it is packed in the call.
+  m.def("pointwise_bn_act_pack(Tensor conv_weight) -> Tensor packed");
+  m.def(
+      "pointwise_bn_act_eval(Tensor x, Tensor conv_weight, Tensor? packed, Tensor bias, Tensor? residual, "
+      "int[2] stride, str activation, float negative_slope) -> Tensor y");
+  // act(conv2d(x, conv_weight) * scale + shift + residual) in one kernel, on NVIDIA GPUs. x, conv_weight [K, C, R, S],
+  // residual and y: channels_last. scale, shift: [K], float32. fp16 and bf16 with C a multiple of 8: on tensor cores;
+  // fp32, fp16, bf16 with C up to 4, first layers: without. stride, dilation: y, x. padding: top, bottom, left, right.
+  // The GPU's alone: on the CPU the convolution is oneDNN's.
+  m.def(
+      "conv_bn_act_eval(Tensor x, Tensor conv_weight, Tensor? residual, Tensor scale, Tensor shift, int[2] stride, "
+      "int[4] padding, int[2] dilation, str activation, float negative_slope) -> Tensor y");
+  // z = conv2d(x, conv_weight) in the dtype of x, and the batch statistics of what is stored in z; updates the running
+  // statistics as batch_norm_act_train does. batch_norm_act_eval(z, ..., mean, invstd) is the rest of the forward.
+  m.def(
+      "conv_bn_act_statistics(Tensor x, Tensor conv_weight, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, int[2] stride, int[4] padding, int[2] dilation, float? momentum, float eps) -> "
+      "(Tensor z, Tensor mean, Tensor invstd)");
   // One torch.optim.Adam step of every tensor; state_steps (fp32, 0-dim) are advanced first. max_exp_avg_sqs is empty
   // without amsgrad. decoupled_weight_decay: AdamW's decay instead of L2.
   m.def(

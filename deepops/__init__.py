@@ -9,6 +9,7 @@ from deepops._library import binaries, version
 
 if TYPE_CHECKING:
     from deepops import amp as amp
+    from deepops import backends as backends
     from deepops import functional as functional
     from deepops import memory as memory
     from deepops import nn as nn
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from deepops._explain import explain as explain
 
 __version__ = version()
-__all__ = ["__version__", "amp", "binaries", "build_info", "explain", "functional", "memory", "nn", "optim"]
+__all__ = ["__version__", "amp", "backends", "binaries", "build_info", "explain", "functional", "memory", "nn", "optim"]
 
 # Imported at first use: `import deepops` stays cheap.
-_SUBMODULES = ("amp", "functional", "memory", "nn", "optim", "testing", "reference")
+_SUBMODULES = ("amp", "backends", "functional", "memory", "nn", "optim", "testing", "reference")
 _FUNCTIONS = ("build_info", "explain")  # each lives in a module of its own name, with a leading underscore
 
 

@@ -201,8 +201,8 @@ def differentiable_backward(
 def aliases(tensors: Sequence[Any]) -> list[Any]:
     """Other names for the same tensors, None for None.
 
-    To differentiate with respect to: the history of ``x`` may lead to the very ``weight`` of this call, where a layer
-    is used twice, and that part of its gradient is for another backward to add.
+    To differentiate with respect to: the history of ``x`` (or of a state) may lead to the very ``weight`` of this call,
+    where a layer is used twice, and that part of its gradient is for another backward to add.
     """
     return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
 

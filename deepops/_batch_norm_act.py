@@ -6,7 +6,6 @@ same running statistics behind.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,8 @@ from deepops._checks import (
     statistics_dtype,
     transforms_active,
 )
-from deepops._library import binaries, gpu_not_covered, has_kernel
+from deepops._fallback import warn_once
+from deepops._library import gpu_not_covered, has_kernel
 from deepops._sync import synchronized
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # Looked up once: a dictionary is something torch.compile can trace.
 _KERNEL_ON = {device: has_kernel("batch_norm_act_train", device) for device in ("cpu", "cuda")}
-_warned: set[str] = set()
 # Function.apply first asks whether torch.func is at work. fit has asked already: 4 us less a call.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormAct).apply
 _traceable_apply: Callable[..., Tensor] = BatchNormAct.apply
@@ -125,12 +124,10 @@ def dispatch(
 def kernel_applies(x: Tensor) -> bool:
     device = x.device.type
     if not _KERNEL_ON.get(device, False):
-        if device not in _warned and device != "meta":
-            _warn_once(device)
+        warn_once(device)
         return False
     if device == "cuda" and not torch.compiler.is_compiling() and (reason := gpu_not_covered(x.device.index)):
-        if device not in _warned:
-            _warn_once(device, reason)
+        warn_once(device, reason)
         return False
     return torch.compiler.is_compiling() or not transforms_active()
 
@@ -300,12 +297,3 @@ def _shift_running_mean(
         running_mean.add_(shift, alpha=momentum)
     elif num_batches_tracked is not None:
         running_mean.add_(shift / num_batches_tracked)
-
-
-def _warn_once(device: str, cause: str = "") -> None:
-    _warned.add(device)
-    if _KERNEL_ON["cpu"]:  # else the import has already said why
-        cause = cause or (f"_cuda {binaries()['_cuda']}" if device == "cuda" else "")
-        message = f"deepops has no kernels for {device!r} tensors and runs them on plain PyTorch"
-        message += f": {cause}" if cause else ""
-        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from deepops import _fake_lstm
+from deepops import _fake_conv, _fake_lstm
 from deepops._checks import statistics_dtype
 from deepops._convolution import output_sizes
+
+
+def _vectors(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Two per-channel vectors beside data like ``x``: a mean and an inverse standard deviation, or two gradients."""
+    vector = x.new_empty(channels, dtype=statistics_dtype(x.dtype))
+    return vector, torch.empty_like(vector)
+
+
+def _like(tensor: Tensor, needed: bool = True) -> Tensor:
+    """A gradient of ``tensor``; empty where it is not needed."""
+    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+
+
+def _data(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
+    """A convolution's output, in the layout of ``x``."""
+    data = x.new_empty([x.size(0), channels, *sizes])
+    return data.contiguous(memory_format=torch.channels_last) if _channels_last(x) else data
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Which layout the kernels see where it may be either."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _batch_norm_act_train(
@@ -23,8 +47,7 @@ def _batch_norm_act_train(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
-    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+    return _like(x), *_vectors(x, x.size(1))
 
 
 def _batch_norm_act_eval(
@@ -55,13 +78,7 @@ def _batch_norm_act_backward(
     need_residual: bool,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def data(needed: bool) -> Tensor:
-        return torch.empty_like(x) if needed else x.new_empty(0)
-
-    def affine() -> Tensor:
-        return x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
-
-    return data(need_x), data(need_residual), affine(), affine()
+    return _like(x, need_x), _like(x, need_residual), *_vectors(x, x.size(1) if need_affine else 0)
 
 
 def _batch_norm_act_statistics(x: Tensor) -> Tensor:
@@ -77,8 +94,7 @@ def _batch_norm_act_merge(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
-    return statistics, torch.empty_like(statistics), x.new_empty(1, dtype=torch.float64)
+    return *_vectors(x, x.size(1)), x.new_empty(1, dtype=torch.float64)
 
 
 def _batch_norm_act_reduce(
@@ -93,8 +109,7 @@ def _batch_norm_act_reduce(
     negative_slope: float,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    affine = x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
-    return x.new_empty(2 * x.size(1), dtype=torch.float64), affine, torch.empty_like(affine)
+    return x.new_empty(2 * x.size(1), dtype=torch.float64), *_vectors(x, x.size(1) if need_affine else 0)
 
 
 def _batch_norm_act_input_grad(
@@ -111,7 +126,40 @@ def _batch_norm_act_input_grad(
     negative_slope: float,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x) if need_residual else x.new_empty(0)
+    return _like(x), _like(x, need_residual)
+
+
+def _depthwise_bn_act_eval(
+    x: Tensor,
+    conv_weight: Tensor,
+    bias: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    return _data(x, conv_weight.size(0), output_sizes(x, conv_weight, stride, padding, dilation))
+
+
+def _pointwise_bn_act_pack(conv_weight: Tensor) -> Tensor:
+    columns, inputs = conv_weight.shape[:2]
+    return conv_weight.new_empty((columns + 63) // 64 * 64 * inputs)  # panels of 64 columns
+
+
+def _pointwise_bn_act_eval(
+    x: Tensor,
+    conv_weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    sizes = output_sizes(x, conv_weight, stride, [0] * 4, [1, 1])
+    y = _data(x, conv_weight.size(0), sizes)
+    return y.contiguous() if x.is_contiguous() else y
 
 
 def _depthwise_bn_act_train(
@@ -131,9 +179,7 @@ def _depthwise_bn_act_train(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = output_sizes(x, conv_weight, stride, padding, dilation)
-    y = x.new_empty([x.size(0), x.size(1), *sizes]).contiguous(memory_format=torch.channels_last)
-    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x.dtype))
-    return y, statistics, torch.empty_like(statistics)
+    return _data(x, x.size(1), sizes), *_vectors(x, x.size(1))
 
 
 def _depthwise_bn_act_backward(
@@ -153,11 +199,8 @@ def _depthwise_bn_act_backward(
     need_conv_weight: bool,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def affine() -> Tensor:
-        return x.new_empty(x.size(1) if need_affine else 0, dtype=statistics_dtype(x.dtype))
-
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    return grad_x, torch.empty_like(conv_weight) if need_conv_weight else x.new_empty(0), affine(), affine()
+    vectors = _vectors(x, x.size(1) if need_affine else 0)
+    return _like(x, need_x), _like(conv_weight, need_conv_weight), *vectors
 
 
 def _pointwise_bn_act_train(
@@ -175,13 +218,12 @@ def _pointwise_bn_act_train(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels, inputs = conv_weight.shape[:2]
-    y = x.new_empty([x.size(0), channels, *x.shape[2:]]).contiguous(memory_format=torch.channels_last)
-    statistics = x.new_empty(channels, dtype=statistics_dtype(x.dtype))
     moments = x.new_empty((1 + inputs) * inputs, dtype=torch.float64)
-    words = (x.numel() // inputs) * ((channels + 15) // 16)
+    rows, pixels = x.numel() // inputs, x.size(2) * x.size(3)
+    words = rows * ((channels + 15) // 16) if _channels_last(x) else x.size(0) * ((pixels + 15) // 16) * channels
     two_slopes = activation in ("relu", "relu6", "leaky_relu")
     bits = x.new_empty(words if save and two_slopes else 0, dtype=torch.int16)
-    return y, statistics, torch.empty_like(statistics), moments, bits
+    return _data(x, channels, x.shape[2:]), *_vectors(x, channels), moments, bits
 
 
 def _pointwise_bn_act_backward(
@@ -200,11 +242,8 @@ def _pointwise_bn_act_backward(
     need_conv_weight: bool,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def affine() -> Tensor:
-        return x.new_empty(conv_weight.size(0) if need_affine else 0, dtype=statistics_dtype(x.dtype))
-
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    return grad_x, torch.empty_like(conv_weight) if need_conv_weight else x.new_empty(0), affine(), affine()
+    vectors = _vectors(x, conv_weight.size(0) if need_affine else 0)
+    return _like(x, need_x), _like(conv_weight, need_conv_weight), *vectors
 
 
 def _adam(
@@ -263,19 +302,26 @@ def _rmsprop(
 
 
 def register() -> None:
-    """Register the functions above. Called once, after the ops were loaded."""
-    torch.library.register_fake("deepops::batch_norm_act_train", _batch_norm_act_train)
-    torch.library.register_fake("deepops::batch_norm_act_eval", _batch_norm_act_eval)
-    torch.library.register_fake("deepops::batch_norm_act_backward", _batch_norm_act_backward)
-    torch.library.register_fake("deepops::batch_norm_act_statistics", _batch_norm_act_statistics)
-    torch.library.register_fake("deepops::batch_norm_act_merge", _batch_norm_act_merge)
-    torch.library.register_fake("deepops::batch_norm_act_reduce", _batch_norm_act_reduce)
-    torch.library.register_fake("deepops::batch_norm_act_input_grad", _batch_norm_act_input_grad)
-    torch.library.register_fake("deepops::depthwise_bn_act_train", _depthwise_bn_act_train)
-    torch.library.register_fake("deepops::depthwise_bn_act_backward", _depthwise_bn_act_backward)
-    torch.library.register_fake("deepops::pointwise_bn_act_train", _pointwise_bn_act_train)
-    torch.library.register_fake("deepops::pointwise_bn_act_backward", _pointwise_bn_act_backward)
+    """Register the functions above, each by its name. Called once, after the ops were loaded."""
+    for fake in (
+        _batch_norm_act_train,
+        _batch_norm_act_eval,
+        _batch_norm_act_backward,
+        _batch_norm_act_statistics,
+        _batch_norm_act_merge,
+        _batch_norm_act_reduce,
+        _batch_norm_act_input_grad,
+        _depthwise_bn_act_eval,
+        _depthwise_bn_act_train,
+        _pointwise_bn_act_eval,
+        _pointwise_bn_act_pack,
+        _depthwise_bn_act_backward,
+        _pointwise_bn_act_train,
+        _pointwise_bn_act_backward,
+        _adam,
+        _sgd,
+        _rmsprop,
+    ):
+        torch.library.register_fake(f"deepops::{fake.__name__[1:]}", fake)
+    _fake_conv.register()
     _fake_lstm.register()
-    torch.library.register_fake("deepops::adam", _adam)
-    torch.library.register_fake("deepops::sgd", _sgd)
-    torch.library.register_fake("deepops::rmsprop", _rmsprop)

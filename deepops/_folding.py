@@ -26,7 +26,7 @@ from deepops._convolution import convolution
 from deepops.reference import activation as apply_activation
 
 
-def fold(
+def scale_and_shift(
     conv_weight: Tensor,  # [K, C / groups, ...]
     conv_bias: Tensor | None,  # [K], as the others
     running_mean: Tensor,
@@ -35,9 +35,9 @@ def fold(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does the work of both, differentiable but for the statistics.
+    """What the result of the convolution without its bias is multiplied by, and what is added to it.
 
-    Computed in at least single precision, rounded to the dtype of the convolution once.
+    In at least single precision, differentiable but for the statistics.
     """
     check_vectors(conv_weight, conv_weight.size(0), running_mean, running_var, weight, bias)
     check_eps(eps, training=False)
@@ -47,7 +47,15 @@ def fold(
     if weight is not None:
         scale = scale * weight
     shift = -mean if conv_bias is None else conv_bias.to(dtype) - mean
-    shift = shift * scale if bias is None else shift * scale + bias
+    return scale, shift * scale if bias is None else shift * scale + bias
+
+
+def fold(conv_weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does the work of both. Arguments as ``scale_and_shift``.
+
+    Rounded to the dtype of the convolution once.
+    """
+    scale, shift = scale_and_shift(conv_weight, *others)
     folded = conv_weight * scale.view([-1] + [1] * (conv_weight.dim() - 1))
     return folded.to(conv_weight.dtype), shift.to(conv_weight.dtype)
 

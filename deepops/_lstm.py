@@ -15,14 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepops import _batch_norm_act
+from deepops._autograd import Grad, aliases
 from deepops._checks import autocast_enabled, transforms_active
+from deepops._fallback import warn_once
 from deepops._library import gpu_not_covered, has_kernel
-from deepops._lstm_products import input_gates, over_rows, product, product_dtype, recurrent_weight_grad
+from deepops._lstm_products import (
+    input_gates,
+    over_rows,
+    over_rows_with_sums,
+    product,
+    product_dtype,
+    recurrent_weight_grad,
+)
 from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.reference import lstm as reference
 
-Grad = Tensor | None
 # reverse, cell_clip, layer_norm_eps, zoneout_h, zoneout_c, recurrent_dropout, first_step: as the ops take them.
 Settings = tuple[bool, float | None, float, float, float, float, int]
 # h and c of every step, h and c of the last one.
@@ -61,9 +68,8 @@ def choice(x: Tensor, plain: bool, recorded: bool = False) -> str:
     if plain and (recorded or not transforms_active()):
         return "torch"
     device = x.device.type
-    silent = recorded or device in ("meta", *_batch_norm_act._warned) or torch.compiler.is_compiling()
-    if not (silent or _KERNEL_ON.get(device)):
-        _batch_norm_act._warn_once(device)
+    if not (recorded or torch.compiler.is_compiling() or _KERNEL_ON.get(device)):
+        warn_once(device)
     return "reference"
 
 
@@ -243,7 +249,9 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
     grads: dict[str, Grad] = {"h0": grad_h0, "c0": grad_c0}
     grads.update(zip(("weight_peephole", "weight_ln_hh", "weight_ln_c", "bias_ln_c"), grads_of_vectors, strict=True))
     rows = grad_gates.flatten(0, 1).to(dtype)
-    if needs["bias_ih"] or needs["bias_hh"]:
+    biased = needs["bias_ih"] or needs["bias_hh"]
+    together = biased and needs["weight_ih"] and weights.weight_ln_ih is None  # sums with the weight's product
+    if biased and not together:
         grads["bias_ih"] = grads["bias_hh"] = rows.sum(0)
     if needs["weight_hh"]:
         of_r = grad_gates if weights.weight_ln_hh is None else grad_r
@@ -257,7 +265,10 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
             rows, a.to(dtype), [rows.size(1)], mean, invstd, scale, None, wanted
         )
     if needs["weight_ih"]:
-        grads["weight_ih"] = over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
+        inputs = x.reshape(-1, x.size(2)).to(dtype)
+        grads["weight_ih"], sums = over_rows_with_sums(rows, inputs, together)
+        if together:
+            grads["bias_ih"] = grads["bias_hh"] = sums
     if needs["x"]:
         grads["x"] = product(rows, weights.weight_ih.to(dtype)).view_as(x)
     return [grads[name].to(x.dtype) if needed else None for name, needed in needs.items()]  # type: ignore[union-attr]
@@ -266,8 +277,7 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
 def _differentiable_backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -> list[Grad]:
     """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
     mask, lengths, seed = saved[13:16]
-    # Aliases: the history of one input may lead to another, and what comes that way is for others to add.
-    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:13]]
+    inputs = aliases(saved[:13])
     x, h0, c0, *weights = inputs
     states = _plain(x, h0, c0, Weights(*weights), mask, lengths, seed, ctx.settings)
     pairs = [(state, grad) for state, grad in zip(states, grads_of_states, strict=True) if grad is not None]

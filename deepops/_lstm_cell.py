@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepops._autograd import Grad, aliases
 from deepops._checks import autocast_enabled
 from deepops._library import has_kernel
 from deepops.reference import lstm as reference
 
-Grad = Tensor | None
 State = tuple[Tensor, Tensor]
 # weight_ih [4H, I], weight_hh [4H, H], bias_ih and bias_hh [4H], weight_peephole [3H]; None: the cell does not have it.
 Tensors = tuple[Tensor, Tensor, Grad, Grad, Grad]
@@ -303,17 +303,13 @@ class _Gathered:
 
 
 def _differentiable_backward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: Grad, grad_c: Grad) -> tuple[Grad, ...]:
-    """The same by differentiable torch operations, for double backward (``create_graph=True``).
-
-    Forward in plain PyTorch on the saved tensors, then ``torch.autograd.grad``. On aliases: the history of ``h`` leads
-    to the same weights, and its part is for others to add.
-    """
+    """The same by differentiable torch operations, for double backward (``create_graph=True``)."""
     weights = ctx.weights
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, h, c, *weights.tensors)]
+    inputs = aliases((x, h, c, *weights.tensors))
     with _no_autocast(x):
-        states = _plain_step(weights.cell_clip, weights.dtype, *aliases)
+        states = _plain_step(weights.cell_clip, weights.dtype, *inputs)
         given = [(state, grad) for state, grad in zip(states, (grad_h, grad_c), strict=True) if grad is not None]
-        wanted = {i: t for i, t in enumerate(aliases) if t is not None and t.requires_grad}
+        wanted = {i: t for i, t in enumerate(inputs) if t is not None and t.requires_grad}
         found = torch.autograd.grad(
             [state for state, _ in given],
             list(wanted.values()),
@@ -321,7 +317,7 @@ def _differentiable_backward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, grad_h: 
             create_graph=True,
             allow_unused=True,
         )
-        grads: list[Grad] = [None] * len(aliases)
+        grads: list[Grad] = [None] * len(inputs)
         for i, grad in zip(wanted, found, strict=True):
             grads[i] = grad
         if ctx.needs_input_grad[3]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deepops import reference
-from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments
+from deepops._autograd import Grad
+from deepops._block import ConvBatchNormAct, Statistics
 from deepops._checks import Size, autocast_enabled
 from deepops._convolution import per_dimension
 from deepops._library import has_kernel
@@ -54,104 +55,68 @@ def expands(
     return not padded and all(step == 1 for step in strides) and all(step >= 1 for step in dilations)
 
 
-def applies(
-    x: Tensor, conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int, activation: str
-) -> bool:
-    """Whether the op takes a call: a convolution that ``expands``, fp32 or fp64 without autocast, channels_last, CPU.
-
-    And 256 values per channel or more, above 32 channels 4,096.
-    """
-    rows = LEAST_ROWS if conv_weight.size(1) <= 32 else LEAST_ROWS_ABOVE_32_CHANNELS
-    return (
-        _KERNEL
-        and expands(conv_weight, stride, padding, dilation, groups, activation)
-        and type(conv_weight) in _PLAIN  # subclasses may mean anything by their memory
-        and type(x) in _PLAIN
-        and x.is_cpu
-        and conv_weight.is_cpu
-        and x.dtype is conv_weight.dtype
-        and (x.dtype is torch.float32 or x.dtype is torch.float64)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
-        and x.numel() >= rows * x.size(1)
-        and not autocast_enabled(x)
-    )
-
-
-def shaped_as_output(conv_weight: Tensor) -> Tensor:
-    """A tensor with what the per-channel vectors have to go with: the number of channels, the dtype, the device."""
-    return conv_weight.detach().reshape(1, conv_weight.size(0), conv_weight.size(1), 1)
-
-
-def pointwise_bn_act(
-    x: Tensor,  # [N, C, H, W], channels_last
-    conv_weight: Tensor,  # [K, C, 1, 1]
-    shift: Tensor | None,  # [K], the convolution's bias: batch statistics remove it, its gradient is 0
-    weight: Tensor | None,  # [K], as the following
-    bias: Tensor | None,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None],  # running mean and variance, counter
-    options: Options,
-) -> Tensor:
-    """``act(batch_norm(conv2d(x, conv_weight)))`` with checked arguments to which the op ``applies``."""
-    conv_weight = conv_weight.contiguous()
-    tensors = (x, conv_weight, weight, bias, shift)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y: Tensor = PointwiseBatchNormAct.apply(*tensors, *statistics, options)  # type: ignore[no-untyped-call]
-        return y
-    y = torch.ops.deepops.pointwise_bn_act_train.default(x, conv_weight, weight, bias, *statistics, *options, False)[0]
-    return y
-
-
-class PointwiseBatchNormAct(torch.autograd.Function):
-    """The op under autograd."""
+class PointwiseBatchNormAct(ConvBatchNormAct):
+    """The op."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def covers(
+        x: Tensor,
+        conv_weight: Tensor,
+        stride: Size,
+        padding: Size | str,
+        dilation: Size,
+        groups: int,
+        activation: str,
+    ) -> tuple[Tensor, tuple[()]] | None:
+        """Those of a convolution that ``expands``, fp32 or fp64 without autocast, on the CPU.
+
+        ``x``: channels_last or contiguous, with 256 values per channel or more, above 32 channels 4,096.
+        """
+        rows = LEAST_ROWS if conv_weight.size(1) <= 32 else LEAST_ROWS_ABOVE_32_CHANNELS
+        if not (
+            _KERNEL
+            and expands(conv_weight, stride, padding, dilation, groups, activation)
+            and type(conv_weight) in _PLAIN  # subclasses may mean anything by their memory
+            and type(x) in _PLAIN
+            and x.is_cpu
+            and conv_weight.is_cpu
+            and x.dtype is conv_weight.dtype
+            and (x.dtype is torch.float32 or x.dtype is torch.float64)
+            and x.is_contiguous(memory_format=torch.channels_last) != x.is_contiguous()
+            and x.numel() >= rows * x.size(1)
+            and not autocast_enabled(x)
+        ):
+            return None
+        return conv_weight.detach().reshape(1, conv_weight.size(0), conv_weight.size(1), 1), ()
+
+    @staticmethod
+    def train(
         x: Tensor,
         conv_weight: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        shift: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        statistics: Statistics,
         options: Options,
-    ) -> Tensor:
-        y, *kept = torch.ops.deepops.pointwise_bn_act_train.default(
-            x, conv_weight, weight, bias, running_mean, running_var, num_batches_tracked, *options, True
+        save: bool,
+    ) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = torch.ops.deepops.pointwise_bn_act_train.default(
+            x, conv_weight, weight, bias, *statistics, *options, save
         )
-        ctx.save_for_backward(x, conv_weight, weight, bias, *kept)
-        ctx.options = options
-        ctx.shift_dtype = None if shift is None else shift.dtype
-        result: Tensor = y
-        return result
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Grad, ...]:
-        saved = ctx.saved_tensors
-        _, _, activation, negative_slope = ctx.options
-        need_x, need_conv_weight, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(ctx, saved, grad_y)
-        else:
-            grads = torch.ops.deepops.pointwise_bn_act_backward.default(
-                grad_y.contiguous(memory_format=torch.channels_last),
-                *saved,
-                activation,
-                negative_slope,
-                need_x,
-                need_conv_weight,
-                need_weight or need_bias,
-            )
-        return grads_of_arguments(ctx, grads, saved[4])
+    def gradients(
+        grad_y: Tensor, saved: Sequence[Any], options: Options, needed: tuple[bool, bool, bool]
+    ) -> Sequence[Grad]:
+        _, _, activation, negative_slope = options
+        grads: Sequence[Grad] = torch.ops.deepops.pointwise_bn_act_backward.default(
+            grad_y, *saved, activation, negative_slope, *needed
+        )
+        return grads
 
-
-def _differentiable_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Grad]:
-    """The same gradients by differentiable torch operations, for double backward (``create_graph=True``)."""
-    x, conv_weight, weight, bias, *_ = aliases(saved)
-    _, eps, activation, negative_slope = ctx.options
-    y = reference.pointwise_bn_act(
-        x, conv_weight, weight, bias, eps, activation=activation, negative_slope=negative_slope
-    )
-    return differentiate(ctx, y, [x, conv_weight, weight, bias], grad_y)
+    @staticmethod
+    def plain(x: Tensor, conv_weight: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+        _, eps, activation, negative_slope = options
+        return reference.pointwise_bn_act(
+            x, conv_weight, weight, bias, eps, activation=activation, negative_slope=negative_slope
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deepops import _fake
+from deepops import _conv_problem, _fake, _fused_conv
 from deepops._batch_norm_act import after_training, dispatch, fit, in_group, name_in_op, run_op
 from deepops._checks import (
     Size,
@@ -29,10 +29,10 @@ from deepops._checks import (
     check_residual,
 )
 from deepops._convolution import convolution
-from deepops._depthwise import depthwise_bn_act, geometry_of
+from deepops._depthwise import DepthwiseBatchNormAct
 from deepops._folding import conv_act, fold, folds_with_gradients
 from deepops._lstm_functional import lstm, lstm_cell
-from deepops._pointwise import applies, pointwise_bn_act, shaped_as_output
+from deepops._pointwise import PointwiseBatchNormAct
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,10 +152,11 @@ def conv_bn_act(
     on the CPU, without residual, autocast, compilation or ``torch.func``, is one op with the rest. It computes the
     convolution again wherever it needs it: the backward then keeps nothing of the size of the output.
 
-    So is, under the same conditions, an expanding 1x1 convolution without stride and padding, from 8 to 64 channels (32
-    for activations other than identity and the ReLU family) to at least three times as many, with 256 values or more
-    per channel, above 32 channels 4,096. Its result is never stored, as its statistics follow from the covariances of
-    ``x``, and the backward keeps a bit per value of the output for the ReLU family, nothing for other activations.
+    So is, under the same conditions, of channels_last or contiguous data, an expanding 1x1 convolution without stride
+    and padding, from 8 to 64 channels (32 for activations other than identity and the ReLU family) to at least three
+    times as many, with 256 values or more per channel, above 32 channels 4,096. Its result is never stored, as its
+    statistics follow from the covariances of ``x``, and the backward keeps a bit per value of the output for the ReLU
+    family, nothing for other activations.
 
     Args:
         x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.
@@ -184,22 +185,22 @@ def conv_bn_act(
         return conv_act(x, folded, folded_bias, residual, *geometry, activation, negative_slope, approximate)
     shift = conv_bias if training else None
     statistics = (running_mean, running_var, num_batches_tracked)
-    if training and residual is None and process_group is None:
-        depthwise = geometry_of(x, conv_weight, *geometry)
-        if depthwise and fit(x, None, weight, bias, *statistics, training, momentum, eps):
-            options = (depthwise, momentum, eps, name_in_op(activation, approximate), negative_slope)
-            y = depthwise_bn_act(x, conv_weight, shift, weight, bias, statistics, options)
-            after_training(*statistics, shift, momentum)
-            return y
-        if applies(x, conv_weight, *geometry, activation) and fit(
-            shaped_as_output(conv_weight), None, weight, bias, *statistics, training, momentum, eps
-        ):
-            numbers = (momentum, eps, name_in_op(activation, approximate), negative_slope)
-            y = pointwise_bn_act(x, conv_weight, shift, weight, bias, statistics, numbers)
-            after_training(*statistics, shift, momentum)
-            return y
-    y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
     settings = (training, momentum, eps, activation, negative_slope, approximate, None)
+    if x.is_cuda or _conv_problem.executor is not None:
+        shared = training and process_group is not None
+        vectors = (residual, weight, bias, statistics)
+        fused = _fused_conv.conv_bn_act(x, conv_weight, conv_bias, *vectors, geometry, settings, shared)
+        if fused is not None:
+            return fused
+    if training and residual is None and process_group is None:
+        for op in (DepthwiseBatchNormAct, PointwiseBatchNormAct):
+            covered = op.covers(x, conv_weight, *geometry, activation)
+            if covered and fit(covered[0], None, weight, bias, *statistics, training, momentum, eps):
+                options = (*covered[1], momentum, eps, name_in_op(activation, approximate), negative_slope)
+                y = op.run(x, conv_weight, shift, weight, bias, statistics, options)
+                after_training(*statistics, shift, momentum)
+                return y
+    y = convolution(x, conv_weight, None if training else conv_bias, *geometry)
     if process_group is not None and training:
         return in_group(y, residual, weight, bias, shift, *statistics, settings, process_group)
     if fit(y, residual, weight, bias, *statistics, training, momentum, eps):

@@ -21,7 +21,7 @@ from cpu_only import is_cpu_only
 from torch._subclasses import FakeTensorMode
 
 import deepops
-from deepops import _batch_norm_act, _library
+from deepops import _batch_norm_act, _fallback, _library
 
 ROOT = Path(__file__).parent.parent
 CUDA = _library._PATHS["_cuda"]
@@ -163,7 +163,7 @@ def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.mark.skipif(_library.binaries()["_ops"] != str(_library._PATHS["_ops"]), reason="_ops.so is missing")
 def test_a_cuda_tensor_without_a_kernel_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, whose CUDA device need not be there. One warning, with the cause."""
-    monkeypatch.setattr(_batch_norm_act, "_warned", set())
+    monkeypatch.setattr(_fallback, "_warned", set())
     called = []
     plain = _batch_norm_act.run_plain
     monkeypatch.setattr(_batch_norm_act, "run_plain", lambda *a, **k: called.append(1) or plain(*a, **k))
@@ -195,7 +195,7 @@ def test_a_gpu_older_than_the_build_is_not_covered(monkeypatch: pytest.MonkeyPat
 def test_a_cuda_tensor_on_such_a_gpu_takes_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
     functional = deepops.functional
     monkeypatch.setattr(_batch_norm_act, "_KERNEL_ON", {"cpu": True, "cuda": True})
-    monkeypatch.setattr(_batch_norm_act, "_warned", set())
+    monkeypatch.setattr(_fallback, "_warned", set())
     monkeypatch.setattr(_batch_norm_act, "gpu_not_covered", lambda index: "too old")
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, 3, 5, 5, device="cuda")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import deepops
 from deepops import functional, testing
+from deepops._depthwise import DepthwiseBatchNormAct
 from deepops._library import has_kernel
 from deepops.testing import ErrorPool, saved_storages, use_isa, use_threads
 
@@ -259,13 +260,13 @@ def channels_last(*shape: int, **options: Any) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one with each call of the fused op."""
     seen: list[str] = []
-    original = functional.depthwise_bn_act
+    original = DepthwiseBatchNormAct.train
 
     def counting(*args: Any) -> Tensor:
         seen.append("depthwise")
         return original(*args)
 
-    monkeypatch.setattr(functional, "depthwise_bn_act", counting)
+    monkeypatch.setattr(DepthwiseBatchNormAct, "train", staticmethod(counting))
     return seen
 
 

@@ -6,33 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import simt
 import torch
+from fake_events import FakeEvent
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "csrc").exists() or not (ROOT / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
-from benchmarks import compare, gpu, harness, run  # noqa: E402
+import deepops  # noqa: E402
+from benchmarks import compare, conv_ways, gpu, harness, run  # noqa: E402
+from benchmarks.conv_ways import Block, Peaks  # noqa: E402
 from benchmarks.gpu import Step  # noqa: E402
-from benchmarks.harness import Case  # noqa: E402
-
-
-class FakeEvent:
-    """An event of a GPU on which every recorded event is 6 ms after the one before."""
-
-    clock = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        FakeEvent.clock += 6.0
-        self.at = FakeEvent.clock
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return end.at - self.at
+from benchmarks.harness import Case, Sample  # noqa: E402
+from deepops import _conv_problem  # noqa: E402
 
 
 @pytest.fixture
@@ -78,20 +64,27 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[s
 
 def test_all_steps_are_run_and_reported(machine: dict[str, list[str]], tmp_path: Path) -> None:
     assert gpu.main([]) == 0
-    assert list(machine) == ["configure", "build", "tests", "compare", "timings"]
+    assert list(machine) == ["configure", "build", "tests", "compare", "conv_ways", "timings"]
     assert {"-DDEEPOPS_CUDA=1", "-DDEEPOPS_CUDA_ARCHS=90"} <= set(machine["configure"])
     assert "DEEPOPS_REQUIRE_CUDA=1" in machine["tests"]
     assert machine["compare"][-3:] == ["cpu", "simt", "cuda"]
+    assert machine["conv_ways"][-1] == "benchmarks.conv_ways"
     assert machine["timings"][-2:] == ["--device", "cuda"]
     text = (tmp_path / "report.md").read_text()
     assert "- GPU: NVIDIA Toaster\n" in text
-    for title, name in (("Build", "build"), ("Tests", "tests"), ("Comparison", "compare"), ("Timings", "timings")):
+    for title, name in (
+        ("Build", "build"),
+        ("Tests", "tests"),
+        ("Comparison", "compare"),
+        ("Convolutions, both ways", "conv_ways"),
+        ("Timings", "timings"),
+    ):
         assert f"## {title}: passed\n\nend of {name}\n" in text
 
 
 def test_steps_can_be_left_out(machine: dict[str, list[str]]) -> None:
     assert gpu.main(["--skip", "tests", "timings"]) == 0
-    assert list(machine) == ["configure", "build", "compare"]
+    assert list(machine) == ["configure", "build", "compare", "conv_ways"]
 
 
 def test_a_failed_step_fails_and_a_failed_build_ends_it(
@@ -148,6 +141,49 @@ def test_timing_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda"])
     assert capsys.readouterr().err.endswith("--device cuda: torch finds no CUDA device\n")
+
+
+def test_least_time_of_a_block() -> None:
+    """Counted by hand: 2 images of 8 x 8 and 4 channels, 3 x 3 filters for 6 channels, every second pixel."""
+    block = Block(4, 6, 8, 3, 2, residual=True, batch=2)
+    assert block.name == "3x3/2 4->6, 8 + residual"
+    assert block.pixels == 2 * 4 * 4
+    assert block.operations == 2 * 32 * 6 * 36
+    x, weights, y = 2 * 4 * 64, 6 * 4 * 9, 32 * 6
+    slow_memory, slow_products = Peaks(1e12, 1e3), Peaks(1e3, 1e12)
+    assert conv_ways.least_milliseconds(block, 2, False, slow_memory) == pytest.approx(2 * (x + weights + 2 * y))
+    assert conv_ways.least_milliseconds(block, 2, True, slow_memory) == pytest.approx(2 * (x + weights + 4 * y))
+    for training in (False, True):
+        assert conv_ways.least_milliseconds(block, 2, training, slow_products) == pytest.approx(block.operations)
+    names = [block.name for blocks in conv_ways.NETWORKS.values() for block in blocks]
+    assert len(names) == len(set(names))
+
+
+def test_both_ways_of_a_block_are_timed(on_simt: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the executor, whose times mean nothing."""
+    monkeypatch.setattr(_conv_problem, "executor", torch.ops.deepops_simt)
+    blocks = [Block(1, 4, 6, 3, batch=2), Block(4, 4, 5, 1, residual=True, batch=2)]
+    with simt.counting() as counts:
+        rows = list(conv_ways.rows({"tiny": blocks}, "cpu", quick=True, side=64))
+    assert {launch.name for launch in counts.kernels} == {"conv_bn_act_direct"}
+    kinds = [(row.block, row.dtype, row.training) for row in rows]
+    assert kinds == [(b, d, t) for b in blocks for d in (torch.float16, torch.float32) for t in (True, False)]
+    assert deepops.backends.conv == "auto"
+    assert all(len(conv_ways.line(row)) == len(conv_ways.HEAD) for row in rows)
+    row = rows[0]._replace(samples={"torch": Sample(3.0, 3, 3, 1), "deepops": Sample(2.0, 2, 2, 1)}, least=0.5)
+    expected = (
+        "tiny        3x3 1->4, 6                       float16  training        3.0000      2.0000   1.50      25%"
+    )
+    assert conv_ways.line(row) == expected
+    for block in blocks:
+        ways = conv_ways.providers(block, torch.float32, True, "cpu")
+        torch.testing.assert_close(ways["deepops"](), ways["torch"]())
+
+
+def test_both_ways_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert conv_ways.main([]) == 2
+    assert capsys.readouterr() == ("", "torch finds no CUDA device\n")
 
 
 def test_comparison_tells_equal_bits_from_others(

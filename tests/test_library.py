@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import cpu_only
+import gpu_only
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ def schemas() -> dict[str, torch._C.FunctionSchema]:
 def family(op: str) -> str:
     """The longest kernel file name that ``op`` is or begins with: batch_norm_act for batch_norm_act_train."""
     stems = [path.stem for path in (ROOT / "csrc").glob("*/*_kernel_cpu.cpp")]
-    families = [stem.removesuffix("_kernel_cpu") for stem in stems]
+    families = [*(stem.removesuffix("_kernel_cpu") for stem in stems), *gpu_only.FAMILIES]
     return max((f for f in families if op == f or op.startswith(f + "_")), key=len, default="")
 
 
@@ -39,8 +40,8 @@ def missing(op: str) -> list[str]:
     stem = family(op)
     if not stem:
         return [f"csrc/<folder>/<family>_kernel_cpu.cpp whose name begins {op}"]
-    folder = next((ROOT / "csrc").glob(f"*/{stem}_kernel_cpu.cpp")).parent.name
-    lacks = [] if has_kernel(op, "cpu") else ["a CPU kernel"]
+    folder = next((ROOT / "csrc").glob(f"*/{stem}.h")).parent.name
+    lacks = [] if has_kernel(op, "cpu") or gpu_only.is_gpu_only(op) else ["a CPU kernel"]
     texts = [path.read_text() for path in (ROOT / "csrc").glob(f"*/{stem}_cuda.cu")]
     if stem not in cpu_only.FAMILIES and not any(f'm.impl("{op}"' in text for text in texts):
         lacks.append(f"a CUDA kernel (csrc/<folder>/{stem}_cuda.cu)")
@@ -72,6 +73,13 @@ def test_what_is_for_the_cpu_alone_has_no_cuda_kernel():
     text = (ROOT / "CMakeLists.txt").read_text()
     assert set(re.findall(r"deepops_add_op\((\w+)[^)]* CPU_ONLY\)", text)) == cpu_only.FAMILIES
     assert not [stem for stem in cpu_only.FAMILIES if list((ROOT / "csrc").glob(f"*/{stem}_cuda.cu"))]
+
+
+def test_what_is_for_the_gpu_alone_has_no_cpu_kernel():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert set(re.findall(r"deepops_add_op\((\w+)[^)]* GPU_ONLY\)", text)) == gpu_only.FAMILIES
+    assert not [stem for stem in gpu_only.FAMILIES if list((ROOT / "csrc").glob(f"*/{stem}_kernel_cpu.cpp"))]
+    assert not [op for op in schemas() if gpu_only.is_gpu_only(op) and has_kernel(op, "cpu")]
 
 
 def test_an_incomplete_op_is_noticed():

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import deepops
-from deepops import _batch_norm_act, _lstm
+from deepops import _fallback, _lstm
 from deepops.nn import LSTM, LSTMCell
 from deepops.testing import assert_close_to_oracle
 
@@ -361,7 +361,7 @@ def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lstm, x = make(4, 3, 5, 7, DOUBLE, **LAYERS[name])
     expected = step(lstm, x, seed=3)
     monkeypatch.setattr(_lstm, "_KERNEL_ON", {})
-    monkeypatch.setattr(_batch_norm_act, "_warned", set())
+    monkeypatch.setattr(_fallback, "_warned", set())
     seen = []
     monkeypatch.setattr(_lstm, "_plain", lambda *a, plain=_lstm._plain: seen.append(1) or plain(*a))
     with warnings.catch_warnings(record=True) as warned:
@@ -379,7 +379,7 @@ def test_cell_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     cell, x = LSTMCell(5, 7, dtype=DOUBLE, **CELLS[name]), torch.randn(4, 3, 5, dtype=DOUBLE)
     disturb(cell)
     expected = loop(cell, x, seed=3)
-    monkeypatch.setattr(_batch_norm_act, "_warned", {"cpu"})
+    monkeypatch.setattr(_fallback, "_warned", {"cpu"})
     monkeypatch.setattr(_lstm, "_KERNEL_ON", {})
     monkeypatch.setattr("deepops.nn.lstm_cell._KERNEL_ON", {})
     monkeypatch.setattr("deepops.nn.lstm_cell._ON", (False, False))

@@ -10,6 +10,7 @@
 #pragma once
 #include "batch_norm_act/planar.cuh"
 #include "batch_norm_act/rows.cuh"
+#include "batch_norm_act/running.cuh"
 
 namespace deepops::isa_gpu {
 
@@ -75,24 +76,6 @@ DEEPOPS_DEVICE bool sum_pieces(const View& view, const Pieces& pieces, Sums& sum
 }
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
-
-struct Moments {
-  double mean, variance;  // biased
-};
-
-template <class A>
-struct Running {
-  A *mean, *var;  // [C], or null
-  // What a batch of n values per channel does to them. unbiased: n / (n - 1); factor: momentum.
-  DEEPOPS_DEVICE void learn(int channel, const Moments& batch, double unbiased, double factor) const {
-    const auto replace = [&](A* running, double value) {
-      if (!running) return;
-      gpu::store(running + channel, A((1 - factor) * double(gpu::load(running + channel)) + factor * value));
-    };
-    replace(mean, batch.mean);
-    replace(var, unbiased * batch.variance);
-  }
-};
 
 template <class T>
 struct Statistics {

@@ -16,7 +16,8 @@ struct JoinedMoments {
     if (part_count == 0) return;
     const double total = count + part_count, share = part_count / total, rest = count / total;
     const double apart = part_mean - mean;
-    mean = count == 0 ? part_mean : mean + apart * share;
+    // Infinities stay what they are, as in a sum.
+    mean = count == 0 ? part_mean : apart - apart == 0 ? mean + apart * share : mean + part_mean;
     variance = count == 0 ? part_variance : variance * rest + part_variance * share + apart * apart * share * rest;
     count = total;
   }

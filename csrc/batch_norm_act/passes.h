@@ -25,7 +25,6 @@
 namespace deepops {
 
 inline constexpr int64_t kLanes = 16;
-inline constexpr int64_t kValuesPerThread = 8192;  // less work than this does not pay for waking a thread
 // Planar values that the cache will not hold from one pass to the next.
 inline constexpr int64_t kTogetherAbove = 1 << 21;
 inline constexpr int64_t kStreamAbove = 16 << 20;  // bytes of an elementwise pass that do not stay in the cache anyway
@@ -78,7 +77,7 @@ inline bool streams(const BatchNormActProblem& p, const Tensor& x, int tensors,
 // ---- the walk over the work items -----------------------------------------------------------------------------------
 
 inline int64_t grain(int64_t values_per_item) {
-  return std::max<int64_t>(1, kValuesPerThread / std::max<int64_t>(1, values_per_item));
+  return std::max<int64_t>(1, core::kValuesPerThread / std::max<int64_t>(1, values_per_item));
 }
 
 // Runs `prepare(begin, end)` over channels, `sum(begin, end)` over the summing items, `finish(begin, end)` over

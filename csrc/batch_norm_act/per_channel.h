@@ -29,6 +29,13 @@ inline Values read(const OptionalTensor& tensor, int64_t channels, double missin
   return values;
 }
 
+// Adds up what several work items have left, in their order, into the numbers of the first.
+inline void add_items(const Values& sums, int64_t items) {
+  const size_t each = sums.size() / size_t(items);
+  for (size_t from = each; from < sums.size(); from += each)
+    for (size_t i = 0; i < each; ++i) sums[i] += sums[from + i];
+}
+
 // Stores channels [begin, end) and rounds `values` to what was stored: later arithmetic starts from there.
 inline void write(const Tensor& tensor, void* data, const Values& values, int64_t begin, int64_t end) {
   if (tensor.scalar_type() == ScalarType::Double) {

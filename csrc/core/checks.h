@@ -49,15 +49,30 @@ inline void check_same_device(const Tensor& tensor, const Tensor& x, const char*
   STD_TORCH_CHECK(same, op, ": ", name, " must be on the same device as x");
 }
 
+// As Python writes it; of the types that vectors of ops have.
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return type == ScalarType::Short ? "int16" : "of another dtype";
+  }
+}
+
 // A vector of `size` values of the given type on the device of x, or nothing.
 inline void check_vector(const std::optional<Tensor>& tensor, int64_t size, ScalarType type, const Tensor& x,
                          const char* op, const char* name) {
   if (!tensor.has_value()) return;
   check_same_device(*tensor, x, op, name);
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(), op, ": ", name,
-                  " must be contiguous with one value per channel");
-  STD_TORCH_CHECK(tensor->scalar_type() == type, op, ": ", name, " must be ",
-                  type == ScalarType::Double ? "float64" : "float32");
+                  " must be [", size, "], contiguous");
+  STD_TORCH_CHECK(tensor->scalar_type() == type, op, ": ", name, " must be ", dtype_name(type));
 }
 
 // Same device, sizes, strides and type as x, or nothing.

@@ -32,7 +32,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
+#include <set>
 #include <tuple>
+#include <utility>
 #endif
 
 namespace deepops::gpu {
@@ -161,6 +163,19 @@ class Device {
   Stream stream_;
 };
 
+namespace detail {
+inline int attribute(cudaDeviceAttr which) {  // of the current device
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
+}
+}  // namespace detail
+
+// Of the current device: 8 for all of 8.x.
+inline int major_capability() { return detail::attribute(cudaDevAttrComputeCapabilityMajor); }
+inline int multiprocessors() { return detail::attribute(cudaDevAttrMultiProcessorCount); }
+
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads. name: for error messages and the executor's
 // counts.
 template <class... P, class... A>
@@ -250,6 +265,20 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
   }
   check(error, name);
   return true;
+}
+
+// launch() with dynamic shared memory: more than the 48 KiB that every block may have, too.
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  thread_local std::set<std::pair<const void*, int>> prepared;
+  if (prepared.insert({reinterpret_cast<const void*>(kernel), device}).second) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
+  }
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 // In the order of the stream.
@@ -408,6 +437,8 @@ class Device {
   explicit Device(int32_t) {}
   Stream stream() const { return 0; }
 };
+inline int major_capability() { return 8; }
+inline int multiprocessors() { return int(::simt::residency(1).blocks); }  // 0 where none are pretended
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
@@ -431,6 +462,12 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
   const ::simt::OnChip dynamic{size_t(bytes), reinterpret_cast<const void*>(kernel)};
   ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, dynamic, together);
   return true;
+}
+
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }

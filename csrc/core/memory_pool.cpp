@@ -140,6 +140,11 @@ torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like) {
   return pooled_empty(like.sizes(), like.strides(), like);
 }
 
+torch::stable::Tensor pooled_matrix(int64_t rows, int64_t columns, const torch::stable::Tensor& like) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return pooled_empty({sizes, 2}, {strides, 2}, like);
+}
+
 torch::stable::Tensor pooled_empty_like_if(bool wanted, const torch::stable::Tensor& like) {
   return wanted ? pooled_empty_like(like) : empty_vector(0, like.scalar_type(), like);
 }

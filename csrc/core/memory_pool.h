@@ -22,6 +22,8 @@ inline constexpr int64_t kPooledBytes = int64_t(1) << 20;
 // Uninitialised, dense with the given strides, of the dtype of `like`, which is on the CPU. Its storage cannot be
 // resized.
 torch::stable::Tensor pooled_empty(Sizes sizes, Sizes strides, const torch::stable::Tensor& like);
+// A contiguous matrix.
+torch::stable::Tensor pooled_matrix(int64_t rows, int64_t columns, const torch::stable::Tensor& like);
 // With the sizes and strides of `like`, which is dense.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
 // Like `like`, or of nothing.

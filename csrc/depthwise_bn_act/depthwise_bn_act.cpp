@@ -25,7 +25,6 @@ constexpr int64_t kTile = DepthwiseProblem::kTile;
 constexpr int64_t kMostGroups = 64, kFewItems = 32;  // work items: enough for the threads of a large machine
 constexpr int64_t kLeastRows = 14;  // of a block: the backward computes up to R - 1 rows of its neighbours again
 constexpr int64_t kInPlaceBelow = 1 << 21;  // values of y that stay in the cache from one pass to the next
-constexpr int64_t kValuesPerThread = 8192;  // less work than this does not pay for waking a thread
 
 const DepthwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(depthwise_kernels); }
 
@@ -89,13 +88,6 @@ const void* pack_any(const DepthwiseProblem& p, const Tensor& filter, Scratch& s
                                   : pack<float>(p, filter, scratch);
 }
 
-// Adds up what the items have left, in their order, into the numbers of the first.
-void add_items(const DepthwiseProblem& p, const std::span<double>& sums) {
-  const size_t each = sums.size() / size_t(p.items());
-  for (size_t from = each; from < sums.size(); from += each)
-    for (size_t i = 0; i < each; ++i) sums[i] += sums[from + i];
-}
-
 template <class S>
 void unpack(const DepthwiseProblem& p, const double* sums, const Tensor& filter, S* to) {
   const int64_t next_channel = filter.stride(0), next_row = filter.stride(2), next_column = filter.stride(3);
@@ -114,8 +106,7 @@ void unpack(const DepthwiseProblem& p, const double* sums, const Tensor& filter,
 class Workers {
  public:
   Workers(const DepthwiseProblem& p, bool with_ring, Scratch& scratch) : p_(p) {
-    const int64_t useful = p.count() * p.channels / kValuesPerThread;
-    count_ = std::clamp<int64_t>(std::min<int64_t>(useful, torch::stable::get_num_threads()), 1, p.items());
+    count_ = core::workers_for(p.count() * p.channels, core::kValuesPerThread, p.items());
     taps_ = 2 * p.filter_size();
     ring_bytes_ = with_ring ? p.slots() * p.ring_rows * p.out_width * (p.dtype == DataType::f64 ? 8 : 4) : 0;
     all_taps_ = scratch.take<DepthwiseTap>(count_ * taps_);
@@ -127,10 +118,8 @@ class Workers {
   // pass(workspace, begin, end) over all work items.
   template <class Pass>
   void run(const Pass& pass) const {
-    core::parallel_for(count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker)
-        pass(workspace(worker), worker * p_.items() / count_, (worker + 1) * p_.items() / count_);
-    });
+    core::divide(count_, p_.items(),
+                 [&](int64_t worker, int64_t begin, int64_t end) { pass(workspace(worker), begin, end); });
   }
 
  private:
@@ -142,7 +131,7 @@ class Workers {
 
 // Both sums of every channel.
 void read_sums(const DepthwiseProblem& p, const std::span<double>& sums, const Values& a, const Values& b) {
-  add_items(p, sums);
+  add_items(sums, p.items());
   for (int64_t c = 0; c < p.channels; ++c) {
     a[c] = sums[p.slot(c)];
     b[c] = sums[p.slots() + p.slot(c)];
@@ -223,6 +212,29 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   return {y, statistics.first, statistics.second};
 }
 
+Tensor evaluate_cpu(Tensor x, Tensor conv_weight, Tensor bias, Integers stride, Integers padding, Integers dilation,
+                    std::string activation, double negative_slope) {
+  const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  check_affine(p, x, {}, bias, "depthwise_bn_act_eval");
+  const OutputLayout layout(p);
+  Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
+  Scratch scratch;
+  const Workers workers(p, false, scratch);
+  DepthwiseForward args{};
+  args.x = x.const_data_ptr();
+  args.filter = pack_any(p, conv_weight, scratch);
+  args.y = y.mutable_data_ptr();
+  const BySlot mean(p, read({}, p.channels, 0, scratch), scratch), scale(p, read({}, p.channels, 1, scratch), scratch);
+  const BySlot bias_numbers(p, read(bias, p.channels, 0, scratch), scratch);
+  args.mean = mean.data();
+  args.scale = scale.data();
+  args.bias = bias_numbers.data();
+  workers.run([&](const DepthwiseWorkspace& workspace, int64_t begin, int64_t end) {
+    kernels().forward(p, args, workspace, begin, end);
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x, Tensor conv_weight,
                                                         OptionalTensor weight, OptionalTensor bias, Tensor mean,
                                                         Tensor invstd, Integers stride, Integers padding,
@@ -275,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
       kernels().gradients(p, args, workspace, begin, end);
     });
     if (need_conv_weight) {
-      add_items(p, filter_sums);
+      add_items(filter_sums, p.items());
       void* const to = grad_conv_weight.mutable_data_ptr();
       p.dtype == DataType::f64 ? unpack(p, filter_sums.data(), conv_weight, static_cast<double*>(to))
                                : unpack(p, filter_sums.data(), conv_weight, static_cast<float*>(to));
@@ -291,5 +303,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
 
 STABLE_TORCH_LIBRARY_IMPL(deepops, CPU, m) {
   m.impl("depthwise_bn_act_train", TORCH_BOX(&deepops::train_cpu));
+  m.impl("depthwise_bn_act_eval", TORCH_BOX(&deepops::evaluate_cpu));
   m.impl("depthwise_bn_act_backward", TORCH_BOX(&deepops::backward_cpu));
 }

@@ -8,21 +8,15 @@
 #include <tuple>
 
 #include "core/allocate.h"
-#include "core/checks.h"
 #include "core/memory_pool.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "lstm/host.h"
 
 namespace deepops {
 namespace {
 
-using core::DataType;
 using core::Scratch;
-using core::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Work below which no further thread is woken, about 20 us of it: multiply-adds of a product, values of the rest.
-constexpr int64_t kMultiplyAddsPerThread = int64_t(1) << 20, kValuesPerThread = 8192;
 
 const CellKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(cell_kernels); }
 
@@ -39,14 +33,6 @@ void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, const Ten
   core::check_cpu(tensor, op, name);
   STD_TORCH_CHECK(is_matrix(tensor, rows, columns), op, ": ", name, " must be [", rows, ", ", columns, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the others");
-}
-
-void check_vector(const OptionalTensor& tensor, int64_t size, core::ScalarType type, const char* op, const char* name) {
-  if (!tensor.has_value()) return;
-  core::check_cpu(*tensor, op, name);
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(), op, ": ", name,
-                  " must be [", size, "], contiguous");
-  STD_TORCH_CHECK(tensor->scalar_type() == type, op, ": ", name, " has another dtype than the op takes");
 }
 
 // Rows as they are, or a copy where the values of a row are not adjacent. Kept alive by `keep`.
@@ -69,23 +55,16 @@ CellRows sums_of(const CellShape& p, const Tensor& tensor, Tensor& keep, Scratch
 
 void set_options(CellShape& p, const OptionalTensor& weight_peephole, std::optional<double> cell_clip,
                  const Tensor& like, const char* op) {
-  p.peephole = weight_peephole.has_value();
-  p.clips = cell_clip.has_value();
-  p.cell_clip = cell_clip.value_or(0);
-  STD_TORCH_CHECK(!(p.cell_clip < 0), op, ": cell_clip must not be negative");
-  check_vector(weight_peephole, 3 * p.hidden, like.scalar_type(), op, "weight_peephole");
+  set_formula(p, weight_peephole, cell_clip, op);
+  core::check_vector(weight_peephole, 3 * p.hidden, like.scalar_type(), like, op, "weight_peephole");
 }
 
 void check_packed(const CellShape& p, const Tensor& packed, const char* op) {
-  check_vector(packed, p.packed_size(), core::opmath_scalar_type(p.dtype), op, "packed");
+  core::check_vector(packed, p.packed_size(), core::opmath_scalar_type(p.dtype), packed, op, "packed");
 }
 
-Tensor matrix(int64_t rows, int64_t columns, const Tensor& like) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return core::pooled_empty({sizes, 2}, {strides, 2}, like);
-}
 Tensor matrix_if(bool wanted, int64_t rows, int64_t columns, const Tensor& like) {
-  return wanted ? matrix(rows, columns, like) : core::empty_vector(0, like.scalar_type(), like);
+  return wanted ? core::pooled_matrix(rows, columns, like) : core::empty_vector(0, like.scalar_type(), like);
 }
 
 Tensor pack_cpu(Tensor weight_ih, Tensor weight_hh) {
@@ -123,10 +102,10 @@ std::tuple<Tensor, Tensor, Tensor> cell_cpu(Tensor x, Tensor h, Tensor c, Tensor
   check_matrix(x, p.batch, p.input, h, kOp, "x");
   check_matrix(c, p.batch, p.hidden, h, kOp, "c");
   set_options(p, weight_peephole, cell_clip, h, kOp);
-  check_vector(bias, p.gates(), core::opmath_scalar_type(p.dtype), kOp, "bias");
+  core::check_vector(bias, p.gates(), core::opmath_scalar_type(p.dtype), h, kOp, "bias");
   check_packed(p, packed, kOp);
 
-  Tensor new_h = matrix(p.batch, p.hidden, h), new_c = matrix(p.batch, p.hidden, h);
+  Tensor new_h = core::pooled_matrix(p.batch, p.hidden, h), new_c = core::pooled_matrix(p.batch, p.hidden, h);
   Tensor gates = matrix_if(save, p.batch, p.gates(), h);
   Scratch scratch;
   Tensor keep_x = x, keep_h = h, keep_c = c;
@@ -142,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> cell_cpu(Tensor x, Tensor h, Tensor c, Tensor
   args.gates = save ? gates.mutable_data_ptr() : nullptr;
   const int64_t items = unit_blocks_of(p.hidden) * p.row_groups();
   const int64_t work = p.batch * (p.input + p.hidden + 32) * kPanelColumns / std::max<int64_t>(p.row_groups(), 1);
-  core::parallel_for(items, grain(kMultiplyAddsPerThread, work),
+  core::parallel_for(items, grain(core::kMultiplyAddsPerThread, work),
                      [&](int64_t begin, int64_t end) { kernels().forward(p, args, begin, end); });
   return {new_h, new_c, gates};
 }
@@ -168,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward_cpu(OptionalTen
   set_options(p, weight_peephole, cell_clip, c_before, kOp);
   check_packed(p, packed, kOp);
 
-  Tensor grad_gates = matrix(p.batch, p.gates(), c_before), grad_new_c = matrix(p.batch, p.hidden, c_before);
+  Tensor grad_gates = core::pooled_matrix(p.batch, p.gates(), c_before),
+         grad_new_c = core::pooled_matrix(p.batch, p.hidden, c_before);
   Tensor grad_x = matrix_if(need_x, p.batch, p.input, c_before);
   Tensor grad_new_h = matrix_if(need_h, p.batch, p.hidden, c_before);
   Tensor grad_peephole = core::empty_vector(p.peephole ? 3 * p.hidden : 0, core::opmath_scalar_type(p.dtype), c_before);
@@ -187,14 +167,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward_cpu(OptionalTen
   args.grad_new_h = need_h ? grad_new_h.mutable_data_ptr() : nullptr;
   args.grad_new_c = grad_new_c.mutable_data_ptr();
   args.grad_peephole = grad_peephole.mutable_data_ptr();
-  core::parallel_for(p.batch, grain(kValuesPerThread, p.hidden),
+  core::parallel_for(p.batch, grain(core::kValuesPerThread, p.hidden),
                      [&](int64_t begin, int64_t end) { kernels().gate_gradients(p, args, begin, end); });
   if (p.peephole)
-    core::parallel_for(unit_blocks_of(p.hidden), grain(kValuesPerThread, p.batch * kPanelUnits),
+    core::parallel_for(unit_blocks_of(p.hidden), grain(core::kValuesPerThread, p.batch * kPanelUnits),
                        [&](int64_t begin, int64_t end) { kernels().peephole_gradients(p, args, begin, end); });
   const int64_t panels = (need_x ? panels_of(p.input) : 0) + (need_h ? panels_of(p.hidden) : 0);
   const int64_t work = p.batch * p.gates() * kPanelColumns / std::max<int64_t>(p.row_groups(), 1);
-  core::parallel_for(panels * p.row_groups(), grain(kMultiplyAddsPerThread, work),
+  core::parallel_for(panels * p.row_groups(), grain(core::kMultiplyAddsPerThread, work),
                      [&](int64_t begin, int64_t end) { kernels().input_gradients(p, args, begin, end); });
   return {grad_gates, grad_x, grad_new_h, grad_new_c, grad_peephole};
 }

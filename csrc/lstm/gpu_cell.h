@@ -23,10 +23,7 @@ struct CellCall {
     shape.steps = 1;
     shape.batch = c.size(0);
     shape.hidden = shape.state = c.size(1);
-    shape.peephole = peephole.has_value();
-    shape.clips = cell_clip.has_value();
-    shape.cell_clip = cell_clip.value_or(0);
-    STD_TORCH_CHECK(!(shape.cell_clip < 0), op, ": cell_clip must not be negative");
+    set_formula(shape, peephole, cell_clip, op);
     check_dense(peephole, {3 * shape.hidden}, c.scalar_type(), c, op, "weight_peephole");
     check_dense(packed, {shape.gates() * (input + shape.hidden)}, c.scalar_type(), c, op, "packed");
     check_size(shape.batch, shape.hidden, op);

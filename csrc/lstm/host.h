@@ -44,6 +44,15 @@ inline void check_probability(double p, const char* op, const char* name) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, op, ": ", name, " must be between 0 and 1, not ", p);
 }
 
+// What a step does beyond the plain formula, in a sequence and in a cell.
+inline void set_formula(LstmFormula& formula, const OptionalTensor& weight_peephole, std::optional<double> cell_clip,
+                        const char* op) {
+  formula.peephole = weight_peephole.has_value();
+  formula.clips = cell_clip.has_value();
+  formula.cell_clip = cell_clip.value_or(0);
+  STD_TORCH_CHECK(formula.cell_clip >= 0, op, ": cell_clip must not be negative");
+}
+
 // sequence: [T, B, ..], for the first two sizes.
 inline LstmShape lstm_shape_of(const Tensor& sequence, const LstmArguments& a, const char* op) {
   STD_TORCH_CHECK(sequence.dim() == 3, op, ": gates must be [T, B, 4H]");
@@ -58,11 +67,9 @@ inline LstmShape lstm_shape_of(const Tensor& sequence, const LstmArguments& a, c
   p.normalizes = a.weight_ln_hh.has_value();
   p.masks_hidden = a.hidden_mask.has_value();
   p.has_lengths = a.lengths.has_value();
-  p.peephole = a.weight_peephole.has_value();
-  p.clips = a.cell_clip.has_value();
+  set_formula(p, a.weight_peephole, a.cell_clip, op);
   p.random = a.seed.has_value();
   p.drops = p.random && a.recurrent_dropout > 0;
-  p.cell_clip = a.cell_clip.value_or(0);
   p.zoneout_h = a.zoneout_h;
   p.zoneout_c = a.zoneout_c;
   p.recurrent_dropout = a.recurrent_dropout;
@@ -85,12 +92,36 @@ inline LstmShape lstm_shape_of(const Tensor& sequence, const LstmArguments& a, c
   check_dense(a.hidden_mask, {p.batch, p.state}, type, a.c0, op, "hidden_mask");
   check_dense(a.lengths, {p.batch}, ScalarType::Long, a.c0, op, "lengths");
   check_dense(a.seed, {1}, ScalarType::Long, a.c0, op, "seed");
-  STD_TORCH_CHECK(!a.cell_clip.has_value() || p.cell_clip >= 0, op, ": cell_clip must not be negative");
   STD_TORCH_CHECK(p.first_step >= 0, op, ": first_step must not be negative");
   check_probability(p.zoneout_h, op, "zoneout_h");
   check_probability(p.zoneout_c, op, "zoneout_c");
   check_probability(p.recurrent_dropout, op, "recurrent_dropout");
   return p;
+}
+
+// gates_type: of gates_x, which is wider than the data on the CPU.
+inline void check_forward(const LstmShape& p, const Tensor& gates_x, ScalarType gates_type, const Tensor& h0,
+                          const Tensor& c0, const char* op) {
+  check_dense(gates_x, {p.steps, p.batch, p.gates()}, gates_type, c0, op, "gates_x");
+  check_dense(h0, {p.batch, p.state}, c0.scalar_type(), c0, op, "h0");
+}
+
+// Those of the states, as far as they are given.
+struct LstmStateGradients {
+  const OptionalTensor &h, &c, &h_n, &c_n;
+};
+inline void check_backward(const LstmShape& p, const LstmStateGradients& grads, const Tensor& gates, const Tensor& c,
+                           const Tensor& r, const Tensor& stats, const Tensor& c0, const char* op) {
+  const ScalarType type = c0.scalar_type();
+  check_dense(gates, {p.steps, p.batch, p.gates()}, type, c0, op, "gates");
+  check_dense(c, {p.steps, p.batch, p.hidden}, type, c0, op, "c");
+  check_dense(grads.h, {p.steps, p.batch, p.state}, type, c0, op, "grad_h");
+  check_dense(grads.c, {p.steps, p.batch, p.hidden}, type, c0, op, "grad_c");
+  check_dense(grads.h_n, {p.batch, p.state}, type, c0, op, "grad_h_n");
+  check_dense(grads.c_n, {p.batch, p.hidden}, type, c0, op, "grad_c_n");
+  if (!p.normalizes) return;
+  check_dense(r, {p.steps, p.batch, p.gates()}, type, c0, op, "r");
+  check_dense(stats, {p.steps, p.batch, 4}, core::opmath_scalar_type(p.dtype), c0, op, "stats");
 }
 
 }  // namespace deepops

@@ -21,9 +21,6 @@ namespace {
 
 using core::Scratch;
 
-// Multiply-adds that pay for waking a thread.
-constexpr int64_t kMultiplyAddsPerThread = int64_t(1) << 20;
-
 const LstmKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(lstm_kernels); }
 
 // Results, contiguous and uninitialised; of nothing where they are not wanted.
@@ -98,12 +95,8 @@ LstmInputs inputs_of(const LstmShape& p, const LstmArguments& a, bool forward, c
 template <class Pass>
 void run(const LstmShape& p, const Pass& pass) {
   const int64_t work = p.steps * p.batch * p.gates() * (p.state + 64);
-  const int64_t useful = std::min<int64_t>(work / kMultiplyAddsPerThread, torch::stable::get_num_threads());
-  const int64_t workers = std::clamp<int64_t>(useful, 1, std::max<int64_t>(p.groups(), 1));
-  core::parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      pass(worker * p.groups() / workers, (worker + 1) * p.groups() / workers);
-  });
+  core::divide(core::workers_for(work, core::kMultiplyAddsPerThread, p.groups()), p.groups(),
+               [&](int64_t, int64_t begin, int64_t end) { pass(begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sequence_cpu(
@@ -117,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> seque
       seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
   const LstmShape p = lstm_shape_of(gates_x, a, kOp);
   core::check_cpu(c0, kOp, "c0");
-  check_dense(gates_x, {p.steps, p.batch, p.gates()}, core::opmath_scalar_type(p.dtype), c0, kOp, "gates_x");
-  check_dense(h0, {p.batch, p.state}, c0.scalar_type(), c0, kOp, "h0");
+  check_forward(p, gates_x, core::opmath_scalar_type(p.dtype), h0, c0, kOp);
   Scratch scratch;
   const Sums sums(p, scratch);
   LstmForward args{};
@@ -178,18 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       c0,   weight_hh, weight_hr, weight_peephole, weight_ln_hh, weight_ln_c, bias_ln_c,         hidden_mask, lengths,
       seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
   const LstmShape p = lstm_shape_of(gates, a, kOp);
-  const ScalarType type = c0.scalar_type();
   core::check_cpu(c0, kOp, "c0");
-  check_dense(gates, {p.steps, p.batch, p.gates()}, type, c0, kOp, "gates");
-  check_dense(c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "c");
-  check_dense(grad_h, {p.steps, p.batch, p.state}, type, c0, kOp, "grad_h");
-  check_dense(grad_c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "grad_c");
-  check_dense(grad_h_n, {p.batch, p.state}, type, c0, kOp, "grad_h_n");
-  check_dense(grad_c_n, {p.batch, p.hidden}, type, c0, kOp, "grad_c_n");
-  if (p.normalizes) {
-    check_dense(r, {p.steps, p.batch, p.gates()}, type, c0, kOp, "r");
-    check_dense(stats, {p.steps, p.batch, 4}, core::opmath_scalar_type(p.dtype), c0, kOp, "stats");
-  }
+  check_backward(p, {grad_h, grad_c, grad_h_n, grad_c_n}, gates, c, r, stats, c0, kOp);
   Scratch scratch;
   const Sums sums(p, scratch);
   LstmBackward args{};

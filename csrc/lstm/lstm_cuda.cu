@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> seque
       seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
   const LstmShape p = lstm_shape_of(gates_x, a, kOp);
   STD_TORCH_CHECK(gpu::on_gpu(c0), kOp, ": c0 must be on the GPU");
-  check_dense(gates_x, {p.steps, p.batch, p.gates()}, c0.scalar_type(), c0, kOp, "gates_x");
-  check_dense(h0, {p.batch, p.state}, c0.scalar_type(), c0, kOp, "h0");
+  check_forward(p, gates_x, c0.scalar_type(), h0, c0, kOp);
   check_size(p.batch, std::max(p.hidden, p.state), kOp);
   const gpu::Device device(c0);
   Forward call(p, a, gates_x, h0, save, all_c);
@@ -55,18 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       c0,   weight_hh, weight_hr, weight_peephole, weight_ln_hh, weight_ln_c, bias_ln_c,         hidden_mask, lengths,
       seed, reverse,   cell_clip, layer_norm_eps,  zoneout_h,    zoneout_c,   recurrent_dropout, first_step};
   const LstmShape p = lstm_shape_of(gates, a, kOp);
-  const ScalarType type = c0.scalar_type();
   STD_TORCH_CHECK(gpu::on_gpu(c0), kOp, ": c0 must be on the GPU");
-  check_dense(gates, {p.steps, p.batch, p.gates()}, type, c0, kOp, "gates");
-  check_dense(c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "c");
-  check_dense(grad_h, {p.steps, p.batch, p.state}, type, c0, kOp, "grad_h");
-  check_dense(grad_c, {p.steps, p.batch, p.hidden}, type, c0, kOp, "grad_c");
-  check_dense(grad_h_n, {p.batch, p.state}, type, c0, kOp, "grad_h_n");
-  check_dense(grad_c_n, {p.batch, p.hidden}, type, c0, kOp, "grad_c_n");
-  if (p.normalizes) {
-    check_dense(r, {p.steps, p.batch, p.gates()}, type, c0, kOp, "r");
-    check_dense(stats, {p.steps, p.batch, 4}, core::opmath_scalar_type(p.dtype), c0, kOp, "stats");
-  }
+  check_backward(p, {grad_h, grad_c, grad_h_n, grad_c_n}, gates, c, r, stats, c0, kOp);
   check_size(p.batch, std::max(p.hidden, p.state), kOp);
   const gpu::Device device(c0);
   Backward call(p, a, grad_h, grad_c, grad_h_n, grad_c_n, gates, c, r, stats);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "core/checks.h"
 #include "core/memory_pool.h"
@@ -19,17 +20,10 @@ using core::DataType;
 using core::Scratch;
 using core::Tensor;
 
-constexpr int64_t kMultiplyAddsPerThread = int64_t(1) << 20;
-
 const ProductKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(lstm_product_kernels); }
 
 void* take(bool is_double, int64_t count, Scratch& scratch) {
   return is_double ? static_cast<void*>(scratch.take<double>(count).data()) : scratch.take<float>(count).data();
-}
-
-Tensor matrix(int64_t rows, int64_t columns, const Tensor& like) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return core::pooled_empty({sizes, 2}, {strides, 2}, like);
 }
 
 void check_matrix(const Tensor& tensor, const Tensor& like, const char* op, const char* name) {
@@ -40,17 +34,7 @@ void check_matrix(const Tensor& tensor, const Tensor& like, const char* op, cons
 }
 
 int64_t workers_for(int64_t work, int64_t items) {
-  const int64_t useful = std::min<int64_t>(work / kMultiplyAddsPerThread, torch::stable::get_num_threads());
-  return std::clamp<int64_t>(useful, 1, std::max<int64_t>(items, 1));
-}
-
-// pass(worker, begin, end) over items, divided evenly.
-template <class Pass>
-void divide(int64_t workers, int64_t items, const Pass& pass) {
-  core::parallel_for(workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker)
-      pass(worker, worker * items / workers, (worker + 1) * items / workers);
-  });
+  return core::workers_for(work, core::kMultiplyAddsPerThread, items);
 }
 
 Tensor product_cpu(Tensor a, Tensor weight, std::optional<Tensor> bias, bool transposed) {
@@ -65,7 +49,7 @@ Tensor product_cpu(Tensor a, Tensor weight, std::optional<Tensor> bias, bool tra
   p.size = a.size(1);
   p.columns = weight.size(1 - inner);
   core::check_vector(bias, p.columns, a.scalar_type(), a, kOp, "bias");
-  Tensor out = matrix(p.rows, p.columns, a);
+  Tensor out = core::pooled_matrix(p.rows, p.columns, a);
   Scratch scratch;
   const int64_t panels = panels_of(p.columns);
   p.panels = take(p.is_double, panels * p.size * kPanelColumns, scratch);
@@ -74,37 +58,51 @@ Tensor product_cpu(Tensor a, Tensor weight, std::optional<Tensor> bias, bool tra
   p.out = out.mutable_data_ptr();
   const void* const weights = weight.const_data_ptr();
   // Packing costs as much as a few dozen multiply-adds of each value.
-  divide(workers_for(64 * p.size * p.columns, panels), panels,
-         [&](int64_t, int64_t begin, int64_t end) { kernels().pack(p, weights, transposed, begin, end); });
-  divide(workers_for(p.rows * p.size * p.columns, p.rows), p.rows,
-         [&](int64_t, int64_t begin, int64_t end) { kernels().rows(p, begin, end); });
+  core::divide(workers_for(64 * p.size * p.columns, panels), panels,
+               [&](int64_t, int64_t begin, int64_t end) { kernels().pack(p, weights, transposed, begin, end); });
+  core::divide(workers_for(p.rows * p.size * p.columns, p.rows), p.rows,
+               [&](int64_t, int64_t begin, int64_t end) { kernels().rows(p, begin, end); });
   return out;
 }
 
-Tensor weight_gradient_cpu(Tensor grad, Tensor x) {
+std::tuple<Tensor, Tensor> weight_gradient_cpu(Tensor grad, Tensor x, std::optional<Tensor> start, bool start_last,
+                                               bool sums) {
   constexpr const char* kOp = "_lstm_weight_gradient";
   check_matrix(grad, grad, kOp, "grad");
   check_matrix(x, grad, kOp, "x");
-  STD_TORCH_CHECK(grad.size(0) == x.size(0) && x.size(0) > 0, kOp,
-                  ": grad and x must have the same rows, at least one");
+  if (start.has_value()) {
+    check_matrix(*start, grad, kOp, "start");
+    STD_TORCH_CHECK(start->size(1) == x.size(1), kOp, ": start must have the columns of x");
+  }
+  const int64_t rows = x.size(0) + (start.has_value() ? start->size(0) : 0);
+  STD_TORCH_CHECK(grad.size(0) == rows && rows > 0, kOp,
+                  ": grad and x, with start, must have the same rows, at least one");
   OuterProduct p{};
   p.is_double = grad.scalar_type() == core::ScalarType::Double;
   p.size = grad.size(0);
   p.a_columns = grad.size(1);
   p.b_columns = x.size(1);
-  Tensor out = matrix(p.a_columns, p.b_columns, grad);
+  Tensor out = core::pooled_matrix(p.a_columns, p.b_columns, grad);
+  Tensor column_sums = core::empty_vector(sums ? p.a_columns : 0, grad.scalar_type(), grad);
   p.a = grad.const_data_ptr();
-  p.b = x.const_data_ptr();
+  p.b[start_last ? 0 : 1] = {x.const_data_ptr(), x.size(0)};
+  p.b[start_last ? 1 : 0] = {core::data_or_null(start), rows - x.size(0)};
   p.out = out.mutable_data_ptr();
   const int64_t items = panels_of(p.a_columns);
   const int64_t workers = workers_for(p.size * p.a_columns * p.b_columns, items);
   const int64_t each = p.work_size((items + workers - 1) / workers), bytes = p.is_double ? 8 : 4;
   Scratch scratch;
   p.work = take(p.is_double, workers * each, scratch);
-  divide(workers, items, [&](int64_t worker, int64_t begin, int64_t end) {
+  if (sums) {
+    const std::span<double> exact = scratch.take<double>(items * kPanelColumns);
+    std::fill(exact.begin(), exact.end(), 0.0);
+    p.exact_sums = exact.data();
+    p.sums = column_sums.mutable_data_ptr();
+  }
+  core::divide(workers, items, [&](int64_t worker, int64_t begin, int64_t end) {
     kernels().outer(p, static_cast<char*>(p.work) + worker * each * bytes, begin, end);
   });
-  return out;
+  return {out, column_sums};
 }
 
 }  // namespace

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepops._checks import autocast_enabled, check_residual, check_residual_dtype, transforms_active
+from deepops import _fused_conv
+from deepops._batch_norm_act import name_in_op
+from deepops._checks import (
+    autocast_enabled,
+    check_convolution,
+    check_residual,
+    check_residual_dtype,
+    transforms_active,
+)
 from deepops._convolution import output_sizes, pad_explicitly, per_dimension
-from deepops._folding import conv_act, fold
+from deepops._evaluation import depthwise_geometry, pointwise_applies
+from deepops._folding import conv_act, fold, scale_and_shift
 from deepops.nn._activation import Activation
+
+Fold = Callable[..., tuple[Tensor, ...]]  # fold, fold_and_pack or scale_and_shift
 
 # Post-ops of oneDNN's fused convolution: name, scalars, algorithm.
 _POST_OPS: dict[str, tuple[str, list[float], str]] = {
@@ -26,6 +38,8 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 class FoldedWeights:
     """Folded weights of one block and what they were made from; a cache that is never saved or copied.
 
+    On a GPU it also has scale and shift of the fused convolution, which takes its weights as they are.
+
     Refolds exactly when a parameter or statistic is another tensor, has other memory, or was written to: torch counts
     in-place writes (``Tensor._version``), by optimizers and ``load_state_dict`` too. Writes through ``.data`` are not
     counted; ``train()`` and ``eval()`` therefore drop the cache as well.
@@ -37,29 +51,35 @@ class FoldedWeights:
         # What the weights were made from and the weights. The tensors themselves and, as aliases, their memory are kept
         # too, so that neither an id nor an address can be given to another one. A single attribute, so that threads
         # evaluating the same block see a consistent pair.
-        self._entry: tuple[Any, list[Tensor | None], tuple[Tensor, Tensor]] | None = None
+        self._entry: tuple[Any, list[Tensor | None], dict[Fold, tuple[Tensor, ...]]] | None = None
 
     def drop(self) -> None:
         """Forget the weights."""
         self._entry = None
 
-    def get(self, conv: Any, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-        """``(weight, bias)`` of the convolution that does the work of both modules, in the dtype of ``conv``."""
+    def get(self, conv: Any, bn: _BatchNorm, how: Fold = fold) -> tuple[Tensor, ...]:
+        """``(weight, bias)`` of the convolution that does the work of both modules, in the dtype of ``conv``.
+
+        With ``fold_and_pack`` or ``scale_and_shift`` for ``how`` what that function gives.
+        """
         sources = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         if any(tensor is not None and tensor.is_inference() for tensor in sources):
             self.drop()  # inference tensors do not count writes
-            return self._fold(*sources, bn.eps)
+            return self._fold(how, *sources, bn.eps)
         key = [bn.eps, *(None if t is None else (id(t), t.data_ptr(), t._version) for t in sources)]
         entry = self._entry
         if entry is None or entry[0] != key:
             alive = [*sources, *(None if t is None else t.detach() for t in sources)]
-            entry = self._entry = key, alive, self._fold(*sources, bn.eps)
-        return entry[2]
+            entry = self._entry = key, alive, {}
+        made = entry[2].get(how)
+        if made is None:
+            made = entry[2][how] = self._fold(how, *sources, bn.eps)
+        return made
 
-    def _fold(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def _fold(self, how: Fold, *arguments: Any) -> tuple[Tensor, ...]:
         self.folds += 1
         with torch.no_grad():
-            return fold(*arguments)
+            return how(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
         """A copied block starts with an empty cache."""
@@ -68,6 +88,12 @@ class FoldedWeights:
     def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
         """Neither does a pickle hold it."""
         return FoldedWeights, ()
+
+
+def fold_and_pack(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fold``, and the weight once more in the order in which ``pointwise_bn_act_eval`` reads it."""
+    weight, bias = fold(*arguments)
+    return weight, bias, torch.ops.deepops.pointwise_bn_act_pack.default(weight.contiguous())
 
 
 def folds(x: Tensor, residual: Tensor | None, conv: Any, bn: _BatchNorm, activation: Activation) -> bool:
@@ -92,13 +118,52 @@ def folds(x: Tensor, residual: Tensor | None, conv: Any, bn: _BatchNorm, activat
 def folded_forward(
     x: Tensor,
     residual: Tensor | None,
+    weights: FoldedWeights,
+    conv: Any,
+    bn: _BatchNorm,
+    padding: Any,
+    activation: Activation,
+) -> Tensor:
+    """One convolution with folded weights: by our kernel, or oneDNN's with its post-op, where they apply."""
+    if pointwise_applies(x, conv.weight, conv.stride, padding, conv.groups):
+        return _pointwise(x, residual, weights, conv, bn, activation)
+    weight, bias = weights.get(conv, bn)
+    if residual is None and (
+        geometry := depthwise_geometry(x, weight, conv.stride, padding, conv.dilation, conv.groups)
+    ):
+        name = name_in_op(activation.name, activation.approximate)
+        y: Tensor = torch.ops.deepops.depthwise_bn_act_eval.default(
+            x, weight, bias, *geometry, name, activation.negative_slope
+        )
+        return y
+    return _by_onednn(x, residual, weight, bias, conv, padding, activation)
+
+
+def _pointwise(
+    x: Tensor, residual: Tensor | None, weights: FoldedWeights, conv: Any, bn: _BatchNorm, activation: Activation
+) -> Tensor:
+    channels_last = not x.is_contiguous()
+    weight, bias, *rest = weights.get(conv, bn, fold_and_pack if channels_last else fold)
+    packed = rest[0] if channels_last else None
+    if residual is not None:
+        _check_residual(residual, x, weight, conv, (0, 0))
+        residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    name = name_in_op(activation.name, activation.approximate)
+    y: Tensor = torch.ops.deepops.pointwise_bn_act_eval.default(
+        x, weight.contiguous(), packed, bias, residual, conv.stride, name, activation.negative_slope
+    )
+    return y
+
+
+def _by_onednn(
+    x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     conv: Any,
     padding: Any,
     activation: Activation,
 ) -> Tensor:
-    """One convolution with folded weights, with oneDNN's post-op where it applies."""
     if not _has_post_ops(x):
         return conv_act(x, weight, bias, None, conv.stride, padding, conv.dilation, conv.groups, *activation)
     if isinstance(padding, str):
@@ -119,6 +184,27 @@ def folded_forward(
         post_op = ("gelu", [], approximate) if name == "gelu" else _POST_OPS[name]
     y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, *post_op)
     return y
+
+
+def fused_forward(
+    x: Tensor, residual: Tensor | None, folded: FoldedWeights, conv: Any, bn: Any, padding: Any, activation: Activation
+) -> Tensor | None:
+    """Evaluation without gradients by deepops' own convolution on a GPU; None where that is not the way to go."""
+    check_convolution(x, conv.weight, conv.bias, conv.groups, autocast_enabled(x))
+    as_one = folds(x, residual, conv, bn, activation)
+    return _fused_conv.evaluate(
+        x,
+        conv.weight,
+        conv.bias,
+        residual,
+        bn.weight,
+        bn.bias,
+        (bn.running_mean, bn.running_var, None),
+        (conv.stride, padding, conv.dilation, conv.groups),
+        (False, bn.momentum, bn.eps, *activation, None),
+        scaled=lambda: folded.get(conv, bn, scale_and_shift),  # type: ignore[arg-type, return-value]
+        folded=(lambda: folded_forward(x, residual, folded, conv, bn, padding, activation)) if as_one else None,
+    )
 
 
 def _check_residual(residual: Tensor, x: Tensor, weight: Tensor, conv: Any, padding: tuple[int, ...]) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from deepops import functional
+from deepops import _conv_problem, _fused_conv, functional
 from deepops._checks import Size, check_convolution, check_data
 from deepops._explain import kernel_note
 from deepops._pointwise import expands
 from deepops.nn._activation import as_activation
-from deepops.nn._folding import FoldedWeights, folded_forward, folds
+from deepops.nn._folding import FoldedWeights, folded_forward, folds, fused_forward
 from deepops.nn._tools import is_recorded, shared_with
 from deepops.nn.batch_norm_act import batch_norm_state
 from deepops.reference.batch_norm_act import activation as apply_activation
@@ -126,9 +126,14 @@ class _ConvBNAct(nn.Module):
             check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=True)
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = 0
-        if not bn.training and folds(x, residual, conv, bn, self._activation):
-            check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=False)
-            return folded_forward(x, residual, *self._folded.get(conv, bn), conv, padding, self._activation)
+        if not bn.training:
+            if x.is_cuda or _conv_problem.executor is not None:
+                fused = fused_forward(x, residual, self._folded, conv, bn, padding, self._activation)
+                if fused is not None:
+                    return fused
+            if folds(x, residual, conv, bn, self._activation):
+                check_convolution(x, conv.weight, conv.bias, conv.groups, autocast=False)
+                return folded_forward(x, residual, self._folded, conv, bn, padding, self._activation)
         name, negative_slope, approximate = self._activation
         mean, var, counter, training, momentum = batch_norm_state(bn)
         return functional.conv_bn_act(
@@ -182,6 +187,9 @@ class _ConvBNAct(nn.Module):
         return "global module hooks are set" if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
 
     def _explain(self) -> str:
+        return "\n  ".join([self._way(), *_fused_conv.explain(self.conv)])
+
+    def _way(self) -> str:
         reason = self._plain_reason(self._modules["conv"], self._modules["bn"])
         if reason is not None:
             return f"not fused, calls its submodules one by one: {reason}"
@@ -194,7 +202,7 @@ class _ConvBNAct(nn.Module):
                 return f"fused: one op for fp32 and fp64 in channels_last, from 16 channels on; else {one_pass}"
             geometry = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
             if device == "cpu" and expands(self.conv.weight, *geometry, self.activation):
-                return f"fused: one op for fp32 and fp64 in channels_last, statistics by covariances; else {one_pass}"
+                return f"fused: one op for fp32 and fp64, statistics by covariances; else {one_pass}"
             return f"fused: {one_pass}"
         folded = "fused, by running statistics: one convolution with weights folded once"
         if any(parameter.requires_grad for parameter in self.bn.parameters()):
@@ -211,7 +219,9 @@ class ConvBNAct2d(_ConvBNAct):
     see :func:`deepops.functional.conv_bn_act`).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
-    the CPU, the activation inside (not in fp16 or under autocast). Frozen batch normalization (``bn`` in evaluation,
+    the CPU, the activation inside (not in fp16 or under autocast): a kernel of our own for depthwise convolutions of
+    channels_last data and for 1x1 convolutions (of channels_last data from 64 input channels or 16 MB of output on) in
+    fp32 and fp64, oneDNN's for others. Frozen batch normalization (``bn`` in evaluation,
     its parameters without gradients) in a model that is trained is folded in every call: there is no pass of batch
     normalization either way, and for the ReLU family the backward keeps nothing of the size of the output but the
     output. Where ``bn.weight`` or ``bn.bias`` want gradients, batch normalization by running statistics is one pass, as

@@ -1,0 +1,191 @@
+// What both kernels of conv_bn_act do with a tile of finished sums: from shared memory to y.
+//
+// A tile is [rows][kColumns], with a pad after each row that keeps the same columns of neighbouring rows on different
+// banks: sums as floats or, where statistics are taken, as they are stored in y. A thread takes one pack of 16 bytes of
+// y at a time, always of the same columns.
+#pragma once
+#include "conv_bn_act/column_statistics.cuh"
+#include "core/gpu.cuh"
+// after gpu.cuh, which says for what all else is compiled
+#include "batch_norm_act/batch_norm_act_math.h"
+#include "conv_bn_act/conv_bn_act.h"
+
+namespace deepops::isa_gpu {
+
+inline constexpr int kTilePad = 8;
+
+template <class T>
+struct ConvArguments {
+  ConvProblem problem;
+  const T* x;       // [N, H, W, C]
+  const T* weight;  // [K, R, S, C]
+  T* y;             // [N, P, Q, K]
+  // evaluation
+  const T* residual;           // like y, or null
+  const float *scale, *shift;  // [K]
+  Activation activation;
+  double negative_slope;
+  // statistics
+  ColumnStatistics statistics;
+};
+
+// ---- which output pixels a tile is made of --------------------------------------------------------------------------
+
+// kRows consecutive ones, but those after the last.
+template <int kRows_>
+struct ConsecutiveRows {
+  static constexpr int kRows = kRows_;
+  int first, pixels;  // of the tile; all there are
+
+  DEEPOPS_DEVICE int tile() const { return first / kRows; }
+  DEEPOPS_DEVICE bool has(int row) const { return first + row < pixels; }
+  DEEPOPS_DEVICE int pixel(int row) const { return first + row; }
+  DEEPOPS_DEVICE int count(int tile) const { return pixels - tile * kRows < kRows ? pixels - tile * kRows : kRows; }
+  DEEPOPS_DEVICE int all() const { return pixels; }
+};
+
+// ---- a pack of y ----------------------------------------------------------------------------------------------------
+
+// V values of y in `valid` columns. They are a pack on a 16-byte boundary if K is a multiple of V.
+template <class T>
+struct OutputPack {
+  static constexpr int V = gpu::Pack<T>::kSize;
+  int64_t at;
+  int valid;
+  bool whole;
+
+  DEEPOPS_DEVICE gpu::Pack<T> load(const T* from) const {
+    if (whole) return gpu::load_pack(from + at);
+    gpu::Pack<T> pack{};
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < valid) pack.value[i] = gpu::load(from + at + i);
+    return pack;
+  }
+  DEEPOPS_DEVICE void store(T* to, const gpu::Pack<T>& pack) const {
+    if (whole) return gpu::store_pack(to + at, pack);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < valid) gpu::store(to + at + i, pack.value[i]);
+  }
+};
+
+// V neighbouring sums of a tile, by packs of 4. Of 8, every lane would have the same four of all eight places that make
+// up the 32 banks: so half of the eight lanes that are served at once begin with the second pack. (Values are chosen,
+// not indices: registers have none.)
+template <int V>
+DEEPOPS_DEVICE void load_sums(const gpu::Shared<float>& tile, int at, float (&to)[V]) {
+  static_assert(V == 4 || V == 8);
+  if constexpr (V == 4) {
+    const gpu::Pack<float> pack = tile.load_pack(at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = pack.value[i];
+  } else {
+    const bool turned = gpu::lane() & 4;
+    const gpu::Pack<float> first = tile.load_pack(turned ? at + 4 : at), second = tile.load_pack(turned ? at : at + 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float one = first.value[i], other = second.value[i];
+      to[i] = turned ? other : one;
+      to[i + 4] = turned ? one : other;
+    }
+  }
+}
+template <int V>
+DEEPOPS_DEVICE void store_sums(const gpu::Shared<float>& tile, int at, const float (&from)[V]) {
+  static_assert(V == 4 || V == 8);
+  const bool turned = V == 8 && gpu::lane() & 4;
+  gpu::Pack<float> first, second;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float one = from[i], other = from[i + V - 4];
+    first.value[i] = turned ? other : one;
+    second.value[i] = turned ? one : other;
+  }
+  tile.store_pack(turned ? at + 4 : at, first);
+  if constexpr (V == 8) tile.store_pack(turned ? at : at + 4, second);
+}
+
+// ---- a tile ---------------------------------------------------------------------------------------------------------
+
+// each(pack, at) of this thread's share of a tile: a pack of y, and where its sums are.
+template <class T, int kThreads, int kColumns, int kPitch, class Rows, class Each>
+DEEPOPS_DEVICE void for_packs(const Rows& rows, int first_column, int columns, const Each& each) {
+  constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V;
+  static_assert(kThreads % kPacks == 0);
+  const int in_tile = gpu::thread() % kPacks * V, column = first_column + in_tile;
+  if (column >= columns) return;
+#pragma unroll 1
+  for (int row = gpu::thread() / kPacks; row < Rows::kRows; row += kThreads / kPacks) {
+    if (!rows.has(row)) continue;
+    const OutputPack<T> pack{int64_t(rows.pixel(row)) * columns + column, columns - column, columns % V == 0};
+    each(pack, row * kPitch + in_tile);
+  }
+}
+
+// In both: a tile has kPitch elements from row to row, and first_column is a multiple of kColumns. All threads of the
+// block must call, after each has stored its part of the tile; columns behind the last may hold anything. Where the
+// tile lies may be written again after a barrier.
+
+// y = act(sum * scale + shift + residual)
+template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
+DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
+                                  int first_column) {
+  constexpr int V = gpu::Pack<T>::kSize;
+  const int columns = args.problem.out_channels, in_tile = gpu::thread() % (kColumns / V) * V;
+  DEEPOPS_SHARED(float, affine, 2 * kColumns);
+#pragma unroll 1
+  for (int i = gpu::thread(); i < kColumns; i += kThreads) {
+    const bool there = first_column + i < columns;
+    affine.store(i, there ? gpu::load(args.scale + first_column + i) : 0.0f);
+    affine.store(kColumns + i, there ? gpu::load(args.shift + first_column + i) : 0.0f);
+  }
+  gpu::barrier();
+  float scale[V], shift[V];
+  load_sums(affine, in_tile, scale);
+  load_sums(affine, kColumns + in_tile, shift);
+  for_packs<T, kThreads, kColumns, kPitch>(rows, first_column, columns, [&](const OutputPack<T>& pack, int at) {
+    float z[V];
+    load_sums(tile, at, z);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = z[i] * scale[i] + shift[i];
+    if (args.residual) {
+      const gpu::Pack<T> residual = pack.load(args.residual);
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] += gpu::widen(residual.value[i]);
+    }
+    with_activation(args.activation, args.negative_slope, [&](const auto& act) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = act.forward(z[i]);
+    });
+    gpu::Pack<T> y;
+#pragma unroll
+    for (int i = 0; i < V; ++i) y.value[i] = gpu::narrow<T>(z[i]);
+    pack.store(args.y, y);
+  });
+}
+
+// y = sum, which the tile holds rounded to T, and its statistics.
+template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
+DEEPOPS_DEVICE void keep_tile(const ConvArguments<T>& args, const gpu::Shared<T>& tile, const Rows& rows,
+                              int first_column) {
+  const int columns = args.problem.out_channels;
+  gpu::barrier();
+  for_packs<T, kThreads, kColumns, kPitch>(
+      rows, first_column, columns, [&](const OutputPack<T>& pack, int at) { pack.store(args.y, tile.load_pack(at)); });
+  column_statistics<kThreads, kColumns, kPitch>(args.statistics, tile, rows, first_column, columns);
+}
+
+// Either, for kRows consecutive output pixels from first_row on, a multiple of kRows; tile: of float or of T.
+template <class T, ConvResult kind, int kThreads, int kRows, int kColumns, class S>
+DEEPOPS_DEVICE void finish_tile(const ConvArguments<T>& args, const gpu::Shared<S>& tile, int first_row,
+                                int first_column) {
+  const ConsecutiveRows<kRows> rows{first_row, args.problem.rows()};
+  if constexpr (kind == ConvResult::evaluation) {
+    evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
+  } else {
+    keep_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
+  }
+}
+
+}  // namespace deepops::isa_gpu
