@@ -32,9 +32,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
-#include <set>
 #include <tuple>
-#include <utility>
 #endif
 
 namespace deepops::gpu {
@@ -164,11 +162,21 @@ class Device {
 };
 
 namespace detail {
-inline int attribute(cudaDeviceAttr which) {  // of the current device
-  int device = 0, value = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return device;
+}
+inline int attribute(cudaDeviceAttr which) {  // of the current device
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, current_device()), "device attribute");
   return value;
+}
+template <class... P>
+int named_bytes(void (*kernel)(P...)) {  // of shared memory
+  cudaFuncAttributes own;
+  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
+  return int(own.sharedSizeBytes);
 }
 }  // namespace detail
 
@@ -185,34 +193,14 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   check(cudaGetLastError(), name);
 }
 
-namespace detail {
-inline int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "device");
-  return device;
-}
-inline int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
-  return value;
-}
-template <class... P>
-int named_bytes(void (*kernel)(P...)) {  // of shared memory
-  cudaFuncAttributes own;
-  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
-  return int(own.sharedSizeBytes);
-}
-}  // namespace detail
-
 // The most dynamic shared memory that a block of this kernel can have on the current device. launch_on_chip() may be
 // asked for more than 48 KiB, together with named arrays, from the first call on.
 template <class... P>
 int64_t most_on_chip(void (*kernel)(P...)) {
-  const int device = detail::current_device();
   thread_local std::map<std::tuple<const void*, int>, int> known;
-  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device});
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), detail::current_device()});
   if (!is_new) return at->second;
-  const int most = detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - detail::named_bytes(kernel);
+  const int most = detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - detail::named_bytes(kernel);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
   return at->second = most;
@@ -225,21 +213,19 @@ struct Residency {
 };
 template <class... P>
 Residency residency(void (*kernel)(P...), int threads, int each) {
-  const int device = detail::current_device();
   thread_local std::map<std::tuple<const void*, int, int>, Residency> known;
-  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, each});
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), detail::current_device(), each});
   if (!is_new) return at->second;
-  if (!detail::attribute(cudaDevAttrCooperativeLaunch, device)) return {};
-  const int64_t share = detail::attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / each -
-                        detail::attribute(cudaDevAttrReservedSharedMemoryPerBlock, device) -
-                        detail::named_bytes(kernel);
+  if (!detail::attribute(cudaDevAttrCooperativeLaunch)) return {};
+  const int64_t share = detail::attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / each -
+                        detail::attribute(cudaDevAttrReservedSharedMemoryPerBlock) - detail::named_bytes(kernel);
   const int64_t most = most_on_chip(kernel);
   const int64_t bytes = (most < share ? most : share) / 1024 * 1024;
   if (bytes <= 0) return {};
   int fit = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, size_t(bytes)), "occupancy");
   if (fit < each) return {};
-  return at->second = {int64_t(each) * detail::attribute(cudaDevAttrMultiProcessorCount, device), bytes};
+  return at->second = {int64_t(each) * detail::attribute(cudaDevAttrMultiProcessorCount), bytes};
 }
 
 // launch() with dynamic shared memory. together: all blocks run at the same time and may wait for each other; false,
@@ -265,20 +251,6 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
   }
   check(error, name);
   return true;
-}
-
-// launch() with dynamic shared memory: more than the 48 KiB that every block may have, too.
-template <class... P, class... A>
-void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
-                        Stream stream, A... arguments) {
-  int device = 0;
-  check(cudaGetDevice(&device), "device");
-  thread_local std::set<std::pair<const void*, int>> prepared;
-  if (prepared.insert({reinterpret_cast<const void*>(kernel), device}).second) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
-  }
-  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 // In the order of the stream.
@@ -464,12 +436,6 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
   return true;
 }
 
-template <class... P, class... A>
-void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
-                        Stream stream, A... arguments) {
-  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
-}
-
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
 
 inline bool capturing(Stream) { return false; }
@@ -498,6 +464,14 @@ inline void multiply_add(const torch::stable::Tensor& out, const torch::stable::
 // [bytes] of device memory, uninitialised, from torch's caching allocator: for what is queued on the current stream.
 inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
   return core::empty_vector(bytes, aoti_torch_dtype_uint8(), device_type(), device_index);
+}
+
+// launch() with dynamic shared memory, up to most_on_chip(kernel) bytes.
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  most_on_chip(kernel);
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
