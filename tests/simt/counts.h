@@ -1,8 +1,8 @@
 // Counts of one launch, as the hardware would serve its memory accesses: warp by warp.
 //
-// The n-th time a lane passes a place in the source belongs together with the n-th time of the other lanes of its warp.
-// That is what the GPU does wherever lanes do not diverge; where they do, accesses are joined that would be separate,
-// so counts are never above the real ones by more than a tail.
+// The n-th time a lane passes a place in the source, counted from the last barrier or warp operation, belongs together
+// with the n-th time of the other lanes of its warp. That is what the GPU does wherever lanes do not diverge; where
+// they do, accesses are joined that would be separate, so counts are never above the real ones by more than a tail.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -15,18 +15,19 @@ namespace simt {
 
 // One lane's access.
 struct Access {
-  // What belongs together has all of it in common but the lane. pass: the n-th time that this lane makes an access of
-  // this size at this place.
+  // What belongs together has all of it in common but the lane. meetings: barriers and warp operations before; pass:
+  // the n-th time since then that this lane makes an access of this size at this place.
   uint64_t order, address;
   uint32_t bytes;
   bool store, shared;
 
-  static uint64_t order_of(uint64_t warp, uint64_t place, uint64_t pass, uint64_t lane) {
-    return ((warp << 20 | place) << 32 | pass) << 5 | lane;
+  static constexpr int kPlaceBits = 16, kMeetingBits = 22, kPassBits = 16;
+  static uint64_t order_of(uint64_t warp, uint64_t place, uint64_t meetings, uint64_t pass, uint64_t lane) {
+    return (((warp << kPlaceBits | place) << kMeetingBits | meetings) << kPassBits | pass) << 5 | lane;
   }
   uint64_t group() const { return order >> 5; }
   uint32_t lane() const { return uint32_t(order & 31); }
-  uint32_t place() const { return uint32_t(order >> 37 & 0xfffff); }
+  uint32_t place() const { return uint32_t(order >> (kMeetingBits + kPassBits + 5) & ((1u << kPlaceBits) - 1)); }
 };
 
 struct Counts {

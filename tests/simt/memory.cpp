@@ -168,13 +168,19 @@ static uint32_t number_of(const Place& place) {
 
 void record(const void* p, size_t bytes, size_t width, bool store, bool shared, Here here) {
   const uint32_t place = number_of({here.file, here.line, store * 2 + shared, width});
-  auto& passes = state.block->passes[running.thread];
-  if (passes.size() <= place) passes.resize(place + 1);
-  const uint32_t pass = passes[place]++;
+  auto& all = state.block->passes[running.thread];
+  if (all.size() <= place) all.resize(place + 1);
+  Passes& passes = all[place];
+  const unsigned meetings = me().meetings;
+  if (passes.meetings != meetings) passes = {meetings, 0};
+  const unsigned pass = passes.count++;
   if (bytes == 0) return;
+  if (pass >> Access::kPassBits || meetings >> Access::kMeetingBits || place >> Access::kPlaceBits) {
+    fail(here, "more accesses than can be counted");
+  }
   const int warp = running.thread / kWarp, lane = running.thread % kWarp;
-  state.block->accesses.push_back(
-      {Access::order_of(warp, place, pass, lane), reinterpret_cast<uint64_t>(p), uint32_t(bytes), store, shared});
+  state.block->accesses.push_back({Access::order_of(warp, place, meetings, pass, lane), reinterpret_cast<uint64_t>(p),
+                                   uint32_t(bytes), store, shared});
 }
 
 }  // namespace simt

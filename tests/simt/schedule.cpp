@@ -106,6 +106,7 @@ void begin(Block& block, int number, Pool& pool) {
     make_ready(block, state.schedule == Schedule::reverse ? i : state.threads - 1 - i);
     Thread& thread = of(block, i);
     thread.barriers = thread.warp_barriers = 0;
+    thread.meetings = 0;
     begin_copies(thread);
   }
   block.passes.resize(state.threads);
@@ -239,6 +240,7 @@ void fail(Here here, const char* format, ...) {
 void barrier(Here here) {
   char* turn = &block_order().barrier[me().barriers++ % 2];
   release(turn);
+  ++me().meetings;
   wait(Status::at_barrier, here);
   ++state.block->at_barrier;
   if (state.counts) ++state.counts->barriers;

@@ -80,6 +80,7 @@ struct Thread {
   void* out = nullptr;
   const unsigned* signal = nullptr;     // that it waits for, with its count in `value`
   int barriers = 0, warp_barriers = 0;  // passed so far in this block
+  unsigned meetings = 0;                // the same, with all warp operations
   Copies copies;
 };
 
@@ -88,6 +89,11 @@ struct Warp {
   int arrived = 0, first = 0;  // how many, and the thread that was the first
   WarpOp op{};
   bool returned = false;  // a lane has, from its kernel
+};
+
+// How often a thread has made the same access since it last met others.
+struct Passes {
+  unsigned meetings = 0, count = 0;
 };
 
 struct Array {
@@ -122,7 +128,7 @@ struct Block {
   size_t shared_bytes = 0;
 
   std::vector<Access> accesses;
-  std::vector<std::vector<uint32_t>> passes;  // [thread][place]
+  std::vector<std::vector<Passes>> passes;  // [thread][place]
 };
 
 // Everything a launch has. One launch at a time, on whichever thread of the machine.

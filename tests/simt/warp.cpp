@@ -9,6 +9,7 @@ bool arrive(WarpOp op, Here here) {
   const int number = running.thread / kWarp, lanes = number * kWarp;
   Block& block = *state.block;
   Warp& warp = block.warps[number];
+  ++me().meetings;
   wait(Status::at_warp_op, here);
   if (lanes + kWarp > state.threads) {
     fail(here, "a warp operation for 32 lanes in a warp of %d", state.threads - lanes);
