@@ -1,4 +1,4 @@
-// The portability layer of the GPU kernels: the only file that knows whether it is CUDA.
+// The portability layer of the GPU kernels: with tensor_core.cuh the only file that knows whether it is CUDA.
 //
 // nvcc compiles the .cu files for the GPU. With DEEPOPS_SIMT, g++ compiles the very same files, launch code included,
 // for the executor in tests/simt, which runs one fiber per CUDA thread on CPU tensors and checks and counts what the
@@ -39,6 +39,13 @@ namespace deepops::gpu {
 
 constexpr int kWarp = 32;
 constexpr int kPackBytes = 16;
+
+// 16 bytes of T, which move in one instruction.
+template <class T>
+struct alignas(kPackBytes) Pack {
+  static constexpr int kSize = kPackBytes / int(sizeof(T));
+  T value[kSize];
+};
 
 // ---- what differs: nvcc ---------------------------------------------------------------------------------------------
 
@@ -104,11 +111,18 @@ DEEPOPS_DEVICE T shuffle(T value, int source_lane, Here = DEEPOPS_HERE) {
 DEEPOPS_DEVICE unsigned ballot(bool condition, Here = DEEPOPS_HERE) { return __ballot_sync(0xffffffffu, condition); }
 
 // DEEPOPS_SHARED(T, name, n): an array of n T shared by the block, uninitialised; name.load(i), name.store(i, value).
+// i of a pack: of its first element, on a 16-byte boundary.
 template <class T>
 struct Shared {
   T* data;
   DEEPOPS_DEVICE T load(int i, Here = DEEPOPS_HERE) const { return data[i]; }
   DEEPOPS_DEVICE void store(int i, T value, Here = DEEPOPS_HERE) const { data[i] = value; }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here = DEEPOPS_HERE) const {
+    return __builtin_bit_cast(Pack<T>, *reinterpret_cast<const Bits16*>(data + i));
+  }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here = DEEPOPS_HERE) const {
+    *reinterpret_cast<Bits16*>(data + i) = __builtin_bit_cast(Bits16, pack);
+  }
 };
 #define DEEPOPS_SHARED(T, name, n)                \
   __shared__ __align__(16) T name##_in_shared[n]; \
@@ -147,13 +161,28 @@ class Device {
   Stream stream_;
 };
 
-// Of the current device: 8 for all of 8.x.
-inline int major_capability() {
-  int device = 0, major = 0;
+namespace detail {
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
-  return major;
+  return device;
 }
+inline int attribute(cudaDeviceAttr which) {  // of the current device
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, current_device()), "device attribute");
+  return value;
+}
+template <class... P>
+int named_bytes(void (*kernel)(P...)) {  // of shared memory
+  cudaFuncAttributes own;
+  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
+  return int(own.sharedSizeBytes);
+}
+}  // namespace detail
+
+// Of the current device: 8 for all of 8.x.
+inline int major_capability() { return detail::attribute(cudaDevAttrComputeCapabilityMajor); }
+inline int multiprocessors() { return detail::attribute(cudaDevAttrMultiProcessorCount); }
 
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads. name: for error messages and the executor's
 // counts.
@@ -164,6 +193,19 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   check(cudaGetLastError(), name);
 }
 
+// The most dynamic shared memory that a block of this kernel can have on the current device. launch_on_chip() may be
+// asked for more than 48 KiB, together with named arrays, from the first call on.
+template <class... P>
+int64_t most_on_chip(void (*kernel)(P...)) {
+  thread_local std::map<std::tuple<const void*, int>, int> known;
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), detail::current_device()});
+  if (!is_new) return at->second;
+  const int most = detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - detail::named_bytes(kernel);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
+  return at->second = most;
+}
+
 // What launch_on_chip() may ask of the current device with `each` blocks on every multiprocessor: so many blocks run at
 // the same time, each with so many bytes of dynamic shared memory. 0 and 0 where that cannot be.
 struct Residency {
@@ -171,30 +213,19 @@ struct Residency {
 };
 template <class... P>
 Residency residency(void (*kernel)(P...), int threads, int each) {
-  int device = 0;
-  check(cudaGetDevice(&device), "device");
   thread_local std::map<std::tuple<const void*, int, int>, Residency> known;
-  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, each});
+  const auto [at, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), detail::current_device(), each});
   if (!is_new) return at->second;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
-    return value;
-  };
-  if (!attribute(cudaDevAttrCooperativeLaunch)) return {};
-  cudaFuncAttributes own;
-  check(cudaFuncGetAttributes(&own, kernel), "kernel attributes");
-  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
-  const int share = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / each -
-                    attribute(cudaDevAttrReservedSharedMemoryPerBlock) - int(own.sharedSizeBytes);
-  const int bytes = (most < share ? most : share) / 1024 * 1024;
+  if (!detail::attribute(cudaDevAttrCooperativeLaunch)) return {};
+  const int64_t share = detail::attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / each -
+                        detail::attribute(cudaDevAttrReservedSharedMemoryPerBlock) - detail::named_bytes(kernel);
+  const int64_t most = most_on_chip(kernel);
+  const int64_t bytes = (most < share ? most : share) / 1024 * 1024;
   if (bytes <= 0) return {};
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "shared memory");
   int fit = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, size_t(bytes)), "occupancy");
   if (fit < each) return {};
-  return at->second = {int64_t(each) * attribute(cudaDevAttrMultiProcessorCount), bytes};
+  return at->second = {int64_t(each) * detail::attribute(cudaDevAttrMultiProcessorCount), bytes};
 }
 
 // launch() with dynamic shared memory. together: all blocks run at the same time and may wait for each other; false,
@@ -329,15 +360,23 @@ DEEPOPS_DEVICE unsigned ballot(bool condition, Here here = DEEPOPS_HERE) { retur
 template <class T>
 struct Shared {
   ::simt::SharedArray array;
-  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const {
-    const void* p = ::simt::shared_access(array, i, sizeof(T), false, here);
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
+  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const { return read<T>(i, here); }
+  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const { write(i, value, here); }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here here = DEEPOPS_HERE) const { return read<Pack<T>>(i, here); }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here here = DEEPOPS_HERE) const { write(i, pack, here); }
+
+ private:
+  template <class V>
+  V read(int i, Here here) const {
+    const void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::load, here);
+    V value;
+    __builtin_memcpy(&value, p, sizeof(V));
     return value;
   }
-  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const {
-    void* p = ::simt::shared_access(array, i, sizeof(T), true, here);
-    __builtin_memcpy(p, &value, sizeof(T));
+  template <class V>
+  void write(int i, const V& value, Here here) const {
+    void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::store, here);
+    __builtin_memcpy(p, &value, sizeof(V));
   }
 };
 // Its key: the address of a static variable, of which every instantiation of a template has its own.
@@ -371,6 +410,7 @@ class Device {
   Stream stream() const { return 0; }
 };
 inline int major_capability() { return 8; }
+inline int multiprocessors() { return int(::simt::residency(1).blocks); }  // 0 where none are pretended
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
@@ -378,15 +418,21 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); });
 }
 
+template <class... P>
+int64_t most_on_chip(void (*kernel)(P...)) {
+  return ::simt::most_on_chip(reinterpret_cast<const void*>(kernel));
+}
 using Residency = ::simt::Residency;
 template <class... P>
-Residency residency(void (*)(P...), int, int each) {
+Residency residency(void (*kernel)(P...), int, int each) {
+  most_on_chip(kernel);
   return ::simt::residency(each);
 }
 template <class... P, class... A>
 bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes, bool together,
                     Stream, A... arguments) {
-  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, size_t(bytes), together);
+  const ::simt::OnChip dynamic{size_t(bytes), reinterpret_cast<const void*>(kernel)};
+  ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, dynamic, together);
   return true;
 }
 
@@ -420,15 +466,16 @@ inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
   return core::empty_vector(bytes, aoti_torch_dtype_uint8(), device_type(), device_index);
 }
 
+// launch() with dynamic shared memory, up to most_on_chip(kernel) bytes.
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  most_on_chip(kernel);
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
+}
+
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
 DEEPOPS_DEVICE int warp() { return thread() / kWarp; }
-
-// 16 bytes of T, which move in one instruction.
-template <class T>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / int(sizeof(T));
-  T value[kSize];
-};
 
 // Global memory. p of a pack: on a 16-byte boundary.
 template <class T>

@@ -1,4 +1,6 @@
-"""Finds raw CUDA in ``csrc``: kernels may use nothing but what ``core/gpu.cuh`` has, for two reasons given there.
+"""Finds raw CUDA in ``csrc``: kernels may use nothing but what ``core/gpu.cuh`` and ``core/tensor_core.cuh`` have.
+
+There are two reasons, given in the first of them.
 
 ``python tests/cuda_gate/lint.py [file...]`` looks at all of ``csrc`` by default and prints ``file:line: what``.
 
@@ -16,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-PORTABILITY = "core/gpu.cuh"  # may do everything
+PORTABILITY = "core/gpu.cuh"  # may do everything but PTX
+TENSOR_CORE = "core/tensor_core.cuh"  # PTX, and that for the GPUs which have it
 DECORATED = "core/host_device.h"  # functions for host and device: may say so, and nothing else
 
 CONSTRUCTS = {
     r"\b__(global|device|host|constant|managed|forceinline|launch_bounds)__": "DEEPOPS_KERNEL, DEEPOPS_DEVICE",
     r"\b__shared__": "DEEPOPS_SHARED",
-    r"\b(asm|__asm__)\b": "a function in core/gpu.cuh",
+    r"\b(asm|__asm__)\b": "a function in core/tensor_core.cuh",
     r"\b__(shfl\w*|ballot\w*|any_sync|all_sync|activemask|match_\w+|reduce_\w+_sync)": "gpu::shuffle, gpu::ballot",
     r"\b__(sync\w+|threadfence\w*|nanosleep)": "gpu::barrier, gpu::warp_barrier, gpu::fence",
     r"\b__(ld|st)(g|c[agsv]|lu|w[bt])\s*\(": "gpu::load, gpu::load_fresh, gpu::store",
@@ -33,6 +36,9 @@ CONSTRUCTS = {
     r"#\s*include\s*<(cu\w*|cooperative_groups|mma)(\.h|/)": "core/gpu.cuh",
     r"\b(__CUDACC__|__CUDA_ARCH__)\b": "DEEPOPS_GPU",
 }  # fmt: skip
+# file -> words of the patterns above that it may match
+MAY = {DECORATED: ("global|device", "CUDACC"), TENSOR_CORE: ("asm", "CUDA_ARCH")}
+MAY[PORTABILITY] = tuple(pattern for pattern in CONSTRUCTS if "asm" not in pattern)
 # What a template of DEEPOPS_HD functions needs so that nvcc does not warn; it is not there for g++, and no code.
 NO_CODE = ("#ifdef __CUDACC__\n#pragma nv_exec_check_disable\n#endif", "\n\n")
 DEVICE_FUNCTION = re.compile(r"\bDEEPOPS_(?:KERNEL\s*\([^)]*\)|DEVICE\b|HD\b)")
@@ -63,7 +69,7 @@ def block_end(text: str, start: int) -> int:
 def constructs(name: str, text: str) -> Iterator[tuple[int, str]]:
     """Places of raw CUDA in a file, with what to use."""
     for pattern, instead in CONSTRUCTS.items():
-        if name == DECORATED and ("global|device" in pattern or "CUDACC" in pattern):
+        if any(word in pattern for word in MAY.get(name, ())):
             continue
         for match in re.finditer(pattern, text):
             yield match.start(), f"{match[0].strip()}: use {instead}"
@@ -93,11 +99,9 @@ def dereferences(text: str) -> Iterator[tuple[int, str]]:
 def findings(path: Path, root: Path = CSRC) -> list[str]:
     """``file:line: what`` for each."""
     name = path.relative_to(root).as_posix()
-    if name == PORTABILITY:
-        return []
     text = without_comments(path.read_text()).replace(*NO_CODE)
     found = set(constructs(name, text))
-    if path.suffix in (".cu", ".cuh"):
+    if path.suffix in (".cu", ".cuh") and name != PORTABILITY:
         found |= set(dereferences(text))
     lines = ((text.count("\n", 0, place) + 1, what) for place, what in sorted(found))
     return [f"{root.name}/{name}:{line}: {what}" for line, what in lines]

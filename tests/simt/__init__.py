@@ -141,6 +141,7 @@ class Launch:
     barriers: int
     shared_bytes: int
     lanes_of_width: dict[str, int]
+    conflicts: dict[str, int]  # wavefronts above the ideal, by the file and line of the access
 
     @property
     def sector_bytes(self) -> int:

@@ -3,15 +3,14 @@
 // csrc/core/gpu.cuh calls what is declared here when it is compiled with DEEPOPS_SIMT; kernels never do. Blocks run one
 // after another, those of a cooperative launch side by side; threads run until they wait for each other. What no real
 // GPU reports is an error with block, thread and line: a barrier that not all threads reach, lanes of a warp at
-// different places, a deadlock, a misaligned access, shared memory out of bounds or never written. On request every
-// access is recorded and counted as the hardware would serve it, warp by warp.
+// different places, a deadlock, a misaligned access, shared memory out of bounds, never written or still being copied
+// to. On request every access is recorded and counted as the hardware would serve it, warp by warp.
 //
 // Three builds (tests/simt/CMakeLists.txt) divide the work. The fast one runs schedules: in order, in reverse, random.
 // Under AddressSanitizer and UBSan global memory is checked. Under ThreadSanitizer each fiber is a thread to the
 // sanitizer, ordered with others by barriers and fences alone, so that a race is found in any schedule.
 //
-// A place is left for what comes with the first kernel that needs it: WarpOp takes ldmatrix and mma, State the copies
-// in flight of cp.async.
+// The executor's own files are listed in state.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,12 +45,14 @@ inline int blocks() { return running.blocks; }
 
 // ---- waiting for others ---------------------------------------------------------------------------------------------
 
-enum class WarpOp { barrier, shuffle, shuffle_xor, ballot };
+enum class WarpOp { barrier, shuffle, shuffle_xor, ballot, load_matrices, multiply_add_f16, multiply_add_bf16 };
 
 void barrier(Here here);
 void fence();
 // Waits for all 32 lanes of the warp to call the same operation at the same place; returns its result for this lane.
 uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here);
+// The same for operations on matrices, with each lane's own registers.
+void matrix_op(WarpOp op, void* out, const void* in, const void* in_too, Here here);
 unsigned atomic_add(unsigned* counter, unsigned value, Here here);
 
 // Waits until *counter, which atomic_add() increases, is at least `value`.
@@ -74,34 +75,56 @@ T shuffle(WarpOp op, T value, int argument, Here here) {
 enum class Global { load, load_fresh, store };
 
 void record_global(const void* p, size_t bytes, Global kind, Here here);
-
+inline void check_aligned(const void* p, size_t bytes, Global kind, Here here) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
+}
 inline void global_access(const void* p, size_t bytes, Global kind, Here here) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
-  }
+  check_aligned(p, bytes, kind, here);
   if (running.counting) record_global(p, bytes, kind, here);
+}
+
+void record_no_load(size_t bytes, Here here);
+
+// Other lanes of the warp load here and this one does not: its next access at this place still counts with theirs.
+inline void no_load(const void* p, size_t bytes, Here here) {
+  check_aligned(p, bytes, Global::load, here);
+  if (running.counting) record_no_load(bytes, here);
 }
 
 // An array in the shared memory of the running block.
 struct SharedArray {
   const char* name;
   unsigned char* data;
-  unsigned char* written;  // one per byte: whether it was
-  int count;               // elements
+  unsigned char* marks;  // one per byte: what is known of it
+  int count;             // elements
 };
 
 SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here);
 // All that launch() was asked for beside the named arrays.
 SharedArray dynamic_array(size_t element_bytes);
-// Checks an access and returns its address.
-void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, Here here);
+// Checks an access of `bytes` bytes from element i on, and returns its address. element: bytes of one.
+enum class Shared { load, store, copy };
+void* shared_access(const SharedArray& array, int i, size_t element, size_t bytes, Shared kind, Here here);
+
+// The 16 bytes at `value` go to the running thread's shared memory, at some time before its wait for their group.
+void copy_async(const SharedArray& array, int i, size_t element, const void* value, Here here);
+void copy_async_commit(Here here);
+void copy_async_wait(int newest, Here here);
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
-// Runs body() once for each thread. Throws std::runtime_error if the kernel was stopped by fail().
-// dynamic_bytes: of shared memory for dynamic_array(). cooperative: blocks may wait for each other.
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, size_t dynamic_bytes = 0,
+// Dynamic shared memory of a launch, for dynamic_array(). kernel: of which most_on_chip() was asked.
+struct OnChip {
+  size_t bytes = 0;
+  const void* kernel = nullptr;
+};
+// Runs body() once for each thread. Throws std::runtime_error if the kernel was stopped by fail(). cooperative: blocks
+// may wait for each other.
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& body, OnChip dynamic = {},
             bool cooperative = false);
+// What a block of the pretended device may have. From then on this kernel may have more than 48 KiB.
+int64_t most_on_chip(const void* kernel);
 // Of the pretended device: how many blocks there may be in a cooperative launch with so many on each multiprocessor,
 // and how much dynamic shared memory each can have.
 struct Residency {
@@ -121,7 +144,8 @@ extern "C" {
 #define SIMT_EXPORT __attribute__((visibility("default")))
 // 0: in order, 1: in reverse, 2: random by seed. Holds for launches to come.
 SIMT_EXPORT void simt_set_schedule(int kind, uint64_t seed);
-// The device that residency() speaks of: multiprocessors, and bytes of shared memory on each. At first there are none.
+// The pretended device: multiprocessors, and bytes of shared memory on each. At first there are no multiprocessors for
+// residency(), and a block may have the 99 KiB that every GPU of compute capability 8.0 and newer can give it.
 SIMT_EXPORT void simt_set_device(int multiprocessors, int64_t shared_bytes);
 // Starts (1) or ends (0) the recording of launches; starting forgets what was recorded before.
 SIMT_EXPORT void simt_set_counting(int counting);

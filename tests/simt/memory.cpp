@@ -1,0 +1,186 @@
+// Global and shared memory: what is checked at an access, and what is taken down when counting.
+#include <algorithm>
+
+#include "simt/state.h"
+
+namespace simt {
+namespace {
+
+// What is known of a byte of shared memory.
+enum Mark : unsigned char { kUnwritten, kWritten, kCopied };
+
+// Named arrays first, then dynamic memory.
+size_t shared_limit() { return kSharedLimit + (state.dynamic_bytes + 15) / 16 * 16; }
+
+void clear_shared(Block& block, size_t at, size_t bytes) {
+  unsigned char *const values = block.shared + at, *const marks = values + shared_limit();
+  for (size_t i = 0; i < bytes; ++i) values[i] = 0xff;  // not a number, for whoever gets past the check
+  for (size_t i = 0; i < bytes; ++i) marks[i] = kUnwritten;
+}
+
+// act(first, number) with the marks of an access as one number, or byte by byte where none is of that size.
+template <class Act>
+void in_words(unsigned char* marks, size_t bytes, Act act) {
+  constexpr uint64_t kEach = 0x0101010101010101;
+  switch (bytes) {
+    case 2:
+      return act(marks, uint16_t(kEach));
+    case 4:
+      return act(marks, uint32_t(kEach));
+    case 8:
+      return act(marks, kEach);
+    case 16:
+      return act(marks, static_cast<unsigned __int128>(kEach) << 64 | kEach);
+    default:
+      for (size_t k = 0; k < bytes; ++k) act(marks + k, static_cast<unsigned char>(1));
+  }
+}
+
+bool all_written(unsigned char* marks, size_t bytes) {
+  bool all = true;
+  in_words(marks, bytes, [&](const unsigned char* at, auto each) {
+    auto found = each;
+    memcpy(&found, at, sizeof found);
+    all &= found == decltype(each)(each * kWritten);
+  });
+  return all;
+}
+
+void set_marks(unsigned char* marks, size_t bytes, Mark mark) {
+  in_words(marks, bytes, [&](unsigned char* at, auto each) {
+    each = decltype(each)(each * mark);
+    memcpy(at, &each, sizeof each);
+  });
+}
+
+// The slow way through an access of bytes that are not all plainly written.
+void check_marks(const SharedArray& array, int i, size_t at, size_t bytes, bool store, Here here) {
+  for (size_t k = at; k < at + bytes; ++k) {
+    if (array.marks[k] == kUnwritten && !store) {
+      fail(here, "%s[%d] in shared memory is read and was never written", array.name, i);
+    }
+    if (array.marks[k] != kCopied) continue;
+    const bool everybodys = check_copied(unit_at(array.data + k), array, i, store, here);
+    const size_t end = (k / 16 + 1) * 16;  // of what was copied at once; arrays begin on a 16-byte boundary
+    for (size_t b = end - 16; b < end && everybodys; ++b) {
+      if (array.marks[b] == kCopied) array.marks[b] = kWritten;
+    }
+    k = std::min(end, at + bytes) - 1;
+  }
+}
+
+}  // namespace
+
+// Fresh for each block under ThreadSanitizer, to which memory used again by the next would be a race between them.
+void provide_shared_memory(Block& block) {
+  const size_t limit = shared_limit();
+#ifdef SIMT_TSAN
+  const bool fresh = true;
+#else
+  const bool fresh = state.memory.empty() || state.cooperative;
+#endif
+  if (fresh) {
+    const size_t bytes = 2 * limit + limit / 16 * sizeof(Unit) + sizeof(BlockOrder) + 16;
+    state.memory.push_back(std::unique_ptr<unsigned char[]>(new unsigned char[bytes]));
+  }
+  block.shared = state.memory.back().get();
+  block.shared += (16 - reinterpret_cast<uintptr_t>(block.shared) % 16) % 16;
+  block.shared_order = block.shared + 2 * limit + limit / 16 * sizeof(Unit);
+  block.array_count = 0;
+  block.shared_bytes = 0;
+  clear_shared(block, kSharedLimit, state.dynamic_bytes);
+  release(&launch_order.started);
+}
+
+Unit& unit_at(const unsigned char* shared) {
+  unsigned char* const first = state.block->shared;
+  return reinterpret_cast<Unit*>(first + 2 * shared_limit())[(shared - first) / 16];
+}
+
+SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here) {
+  Block& block = *state.block;
+  for (int i = 0; i < block.array_count; ++i) {
+    if (block.arrays[i].key == key) return block.arrays[i].shared;
+  }
+  const size_t at = block.shared_bytes, bytes = (element_bytes * size_t(count) + 15) / 16 * 16;
+  block.shared_bytes += bytes;
+  const size_t limit = std::min(kSharedLimit, state.block_bytes - state.dynamic_bytes);
+  if (block.shared_bytes > limit || block.array_count == kArraysLimit) {
+    fail(here, "%s: the block needs %zu bytes of shared memory, more than %zu", name, block.shared_bytes, limit);
+  }
+  clear_shared(block, at, bytes);
+  const SharedArray array{name, block.shared + at, block.shared + shared_limit() + at, count};
+  block.arrays[block.array_count++] = {key, array};
+  return array;
+}
+
+SharedArray dynamic_array(size_t element_bytes) {
+  unsigned char* const data = state.block->shared + kSharedLimit;
+  return {"dynamic memory", data, data + shared_limit(), int(state.dynamic_bytes / element_bytes)};
+}
+
+void* shared_access(const SharedArray& array, int i, size_t element, size_t bytes, Shared kind, Here here) {
+  if (i < 0 || i > array.count - int(bytes / element)) {
+    fail(here, "%s[%d] in shared memory, which has %d elements", array.name, i, array.count);
+  }
+  const size_t at = size_t(i) * element;
+  if (at % bytes != 0) {  // as far as the array goes, which begins on a boundary
+    fail(here, "misaligned access of %zu bytes in shared memory: %s[%d]", bytes, array.name, i);
+  }
+  const bool store = kind != Shared::load;
+  unsigned char* const marks = array.marks + at;
+  if (!all_written(marks, bytes)) check_marks(array, i, at, bytes, store, here);
+  if (store) set_marks(marks, bytes, kind == Shared::copy ? kCopied : kWritten);
+  if (running.counting) record(array.data + at, bytes, bytes, store, true, here);
+  return array.data + at;
+}
+
+// A plain load may get what a multiprocessor's own cache had before another block stored there.
+void record_global(const void* p, size_t bytes, Global kind, Here here) {
+  const uint64_t first = reinterpret_cast<uint64_t>(p) / 2, last = (reinterpret_cast<uint64_t>(p) + bytes - 1) / 2;
+  for (uint64_t unit = first; unit <= last && bytes < 16 && kind == Global::store; ++unit) {
+    state.stored[unit] = running.block;
+  }
+  for (uint64_t unit = first; unit <= last && !state.stored.empty() && kind == Global::load; ++unit) {
+    const auto found = state.stored.find(unit);
+    if (found != state.stored.end() && found->second != running.block) {
+      fail(here, "a plain load of what block %d has stored in this launch: it needs load_fresh()", found->second);
+    }
+  }
+  record(p, bytes, bytes, kind == Global::store, false, here);
+}
+
+void record_no_load(size_t bytes, Here here) { record(nullptr, 0, bytes, false, false, here); }
+
+// The place's number. Most are found where they were left the last time.
+static uint32_t number_of(const Place& place) {
+  static struct {
+    Place place;
+    uint32_t number;
+  } recent[256];
+  auto& found = recent[size_t(place.line * 16 + place.kind * 4) % 256 ^ place.bytes];
+  if (found.place.file != place.file || found.place.line != place.line || found.place.kind != place.kind ||
+      found.place.bytes != place.bytes) {
+    found = {place, state.places.try_emplace(place, uint32_t(state.places.size())).first->second};
+  }
+  return found.number;
+}
+
+void record(const void* p, size_t bytes, size_t width, bool store, bool shared, Here here) {
+  const uint32_t place = number_of({here.file, here.line, store * 2 + shared, width});
+  auto& all = state.block->passes[running.thread];
+  if (all.size() <= place) all.resize(place + 1);
+  Passes& passes = all[place];
+  const unsigned meetings = me().meetings;
+  if (passes.meetings != meetings) passes = {meetings, 0};
+  const unsigned pass = passes.count++;
+  if (bytes == 0) return;
+  if (pass >> Access::kPassBits || meetings >> Access::kMeetingBits || place >> Access::kPlaceBits) {
+    fail(here, "more accesses than can be counted");
+  }
+  const int warp = running.thread / kWarp, lane = running.thread % kWarp;
+  state.block->accesses.push_back({Access::order_of(warp, place, meetings, pass, lane), reinterpret_cast<uint64_t>(p),
+                                   uint32_t(bytes), store, shared});
+}
+
+}  // namespace simt
