@@ -7,7 +7,6 @@ from __future__ import annotations
 from itertools import product
 
 import conv_gemm
-import numpy as np
 import pytest
 import simt
 import torch
@@ -96,8 +95,8 @@ def test_zeros_are_zeros(channels, filter_size):
 def test_more_than_2_to_the_31_elements():
     """Of x: offsets into it need 64 bits. Its memory is never touched but where the filter looks."""
     channels, height, width, stride = 16, 9, 15_000_000, 2_999_999
-    memory = np.zeros(height * width * channels, dtype=np.float16)  # 4.3 GB, of which few pages become real
-    x = torch.from_numpy(memory).as_strided((1, channels, height, width), (memory.size, 1, width * channels, channels))
+    memory = torch.empty(height * width * channels, dtype=F16)  # 4.3 GB, of which few pages become real
+    x = memory.as_strided((1, channels, height, width), (memory.numel(), 1, width * channels, channels))
     picked = x[:, :, ::4, ::stride]
     picked.copy_(torch.randint(-3, 4, picked.shape))
     weight = torch.randint(-3, 4, (5, channels)).half()
