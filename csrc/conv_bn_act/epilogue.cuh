@@ -108,20 +108,21 @@ DEEPOPS_DEVICE void store_sums(const gpu::Shared<float>& tile, int at, const flo
 
 // ---- a tile ---------------------------------------------------------------------------------------------------------
 
-// each(pack, at) of this thread's share of a tile: a pack of y, and where its sums are.
-template <class T, int kThreads, int kColumns, int kPitch, class Rows, class Each>
-DEEPOPS_DEVICE void for_packs(const Rows& rows, int first_column, int columns, const Each& each) {
-  constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V;
-  static_assert(kThreads % kPacks == 0);
-  const int in_tile = gpu::thread() % kPacks * V, column = first_column + in_tile;
-  if (column >= columns) return;
-#pragma unroll 1
-  for (int row = gpu::thread() / kPacks; row < Rows::kRows; row += kThreads / kPacks) {
-    if (!rows.has(row)) continue;
-    const OutputPack<T> pack{int64_t(rows.pixel(row)) * columns + column, columns - column, columns % V == 0};
-    each(pack, row * kPitch + in_tile);
+// This thread's share of a tile: packs of the same columns in every kStep-th row.
+template <class T, int kThreads, int kColumns, int kPitch>
+struct TilePacks {
+  static constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V, kStep = kThreads / kPacks;
+  static_assert(kColumns % V == 0 && kThreads % kPacks == 0);
+
+  DEEPOPS_DEVICE static int column() { return gpu::thread() % kPacks * V; }  // of the tile
+  DEEPOPS_DEVICE static int row() { return gpu::thread() / kPacks; }         // the first
+  DEEPOPS_DEVICE static int at(int row) { return row * kPitch + column(); }
+  template <class Rows>
+  DEEPOPS_DEVICE static OutputPack<T> output(const Rows& rows, int row, int first_column, int columns) {
+    const int column = first_column + TilePacks::column();
+    return {int64_t(rows.pixel(row)) * columns + column, columns - column, columns % V == 0};
   }
-}
+};
 
 // In both: a tile has kPitch elements from row to row, and first_column is a multiple of kColumns. All threads of the
 // block must call, after each has stored its part of the tile; columns behind the last may hold anything. Where the
@@ -131,8 +132,12 @@ DEEPOPS_DEVICE void for_packs(const Rows& rows, int first_column, int columns, c
 template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
 DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
                                   int first_column) {
-  constexpr int V = gpu::Pack<T>::kSize;
-  const int columns = args.problem.out_channels, in_tile = gpu::thread() % (kColumns / V) * V;
+  using Packs = TilePacks<T, kThreads, kColumns, kPitch>;
+  constexpr int V = Packs::V;
+  // Packs of the residual that are on their way at the same time; few where the sums fill the registers.
+  constexpr int kTogether = kColumns > 64 ? 2 : 4;
+  static_assert(Rows::kRows % (kTogether * Packs::kStep) == 0);
+  const int columns = args.problem.out_channels;
   DEEPOPS_SHARED(float, affine, 2 * kColumns);
 #pragma unroll 1
   for (int i = gpu::thread(); i < kColumns; i += kThreads) {
@@ -141,38 +146,58 @@ DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Share
     affine.store(kColumns + i, there ? gpu::load(args.shift + first_column + i) : 0.0f);
   }
   gpu::barrier();
+  if (first_column + Packs::column() >= columns) return;
   float scale[V], shift[V];
-  load_sums(affine, in_tile, scale);
-  load_sums(affine, kColumns + in_tile, shift);
-  for_packs<T, kThreads, kColumns, kPitch>(rows, first_column, columns, [&](const OutputPack<T>& pack, int at) {
-    float z[V];
-    load_sums(tile, at, z);
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] = z[i] * scale[i] + shift[i];
+  load_sums(affine, Packs::column(), scale);
+  load_sums(affine, kColumns + Packs::column(), shift);
+#pragma unroll 1
+  for (int first = Packs::row(); first < Rows::kRows; first += kTogether * Packs::kStep) {
+    gpu::Pack<T> residual[kTogether] = {};
     if (args.residual) {
-      const gpu::Pack<T> residual = pack.load(args.residual);
 #pragma unroll
-      for (int i = 0; i < V; ++i) z[i] += gpu::widen(residual.value[i]);
+      for (int u = 0; u < kTogether; ++u) {
+        const int row = first + u * Packs::kStep;
+        if (rows.has(row)) residual[u] = Packs::output(rows, row, first_column, columns).load(args.residual);
+      }
     }
-    with_activation(args.activation, args.negative_slope, [&](const auto& act) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) z[i] = act.forward(z[i]);
-    });
-    gpu::Pack<T> y;
+    for (int u = 0; u < kTogether; ++u) {
+      const int row = first + u * Packs::kStep;
+      if (!rows.has(row)) continue;
+      float z[V];
+      load_sums(tile, Packs::at(row), z);
 #pragma unroll
-    for (int i = 0; i < V; ++i) y.value[i] = gpu::narrow<T>(z[i]);
-    pack.store(args.y, y);
-  });
+      for (int i = 0; i < V; ++i) z[i] = z[i] * scale[i] + shift[i];
+      if (args.residual) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] += gpu::widen(residual[u].value[i]);
+      }
+      with_activation(args.activation, args.negative_slope, [&](const auto& act) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] = act.forward(z[i]);
+      });
+      gpu::Pack<T> y;
+#pragma unroll
+      for (int i = 0; i < V; ++i) y.value[i] = gpu::narrow<T>(z[i]);
+      Packs::output(rows, row, first_column, columns).store(args.y, y);
+    }
+  }
 }
 
 // y = sum, which the tile holds rounded to T, and its statistics.
 template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
 DEEPOPS_DEVICE void keep_tile(const ConvArguments<T>& args, const gpu::Shared<T>& tile, const Rows& rows,
                               int first_column) {
+  using Packs = TilePacks<T, kThreads, kColumns, kPitch>;
   const int columns = args.problem.out_channels;
   gpu::barrier();
-  for_packs<T, kThreads, kColumns, kPitch>(
-      rows, first_column, columns, [&](const OutputPack<T>& pack, int at) { pack.store(args.y, tile.load_pack(at)); });
+  if (first_column + Packs::column() < columns) {
+#pragma unroll 4
+    for (int row = Packs::row(); row < Rows::kRows; row += Packs::kStep) {
+      if (!rows.has(row)) continue;
+      Packs::output(rows, row, first_column, columns).store(args.y, tile.load_pack(Packs::at(row)));
+    }
+  }
   column_statistics<kThreads, kColumns, kPitch>(args.statistics, tile, rows, first_column, columns);
 }
 
