@@ -102,15 +102,19 @@ def not_covered(x: Tensor, conv_weight: Tensor, groups: int, in_group: bool) -> 
         return f"a tensor of class {(type(x) if type(x) not in _PLAIN else type(conv_weight)).__name__}"
     if channels > _DIRECT_CHANNELS and x.data_ptr() % 16:
         return "x that begins between 16-byte boundaries"
-    return "" if executor is not None else _gpu_reason(x)
+    return gpu_reason(x.device)
 
 
-def _gpu_reason(x: Tensor) -> str:
+def gpu_reason(device: torch.device) -> str:
+    """Why the kernels cannot run on ``device``, a GPU; empty where they can."""
+    if executor is not None:
+        return ""
     if not has_kernel("conv_bn_act_eval", "cuda"):
         return f"a build without these kernels (_cuda {binaries()['_cuda']})"
-    if torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
-        return f"a GPU of compute capability {'.'.join(map(str, torch.cuda.get_device_capability(x.device)))}"
-    return gpu_not_covered(x.device.index)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"a GPU of compute capability {'.'.join(map(str, capability))}"
+    return gpu_not_covered(device.index)
 
 
 def _is_channels_last(x: Tensor, conv_weight: Tensor) -> bool:

@@ -17,13 +17,17 @@ import pytest
 import simt
 import torch
 import torch.nn.functional as F
-from conv_cases import CONVOLUTIONS, Stock, check, compare, make_block, make_input, needs_kernel, set_mode
+from conv_cases import CONVOLUTIONS, Stock, compare, make_block, make_input, needs_kernel, set_mode
+from conv_cases import check as check_pools
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import deepops
 from deepops import _conv_choice, _conv_problem, _fused_conv, reference
 from deepops._convolution import convolution
+from deepops.cli import check_ops
+from deepops.cli.check import check_rows
+from deepops.cli.check_types import Setting
 from deepops.functional import conv_bn_act
 from deepops.nn import ConvBNAct1d, ConvBNAct2d
 from deepops.testing import ErrorPool
@@ -118,7 +122,7 @@ def test_a_step(name: str) -> None:
         with simt.counting() as counts:
             compare(pools, block, data(), None, "train", f"{activation}, {name}")
         assert len(launches(counts)) == 1
-    check(pools)
+    check_pools(pools)
 
 
 @pytest.mark.usefixtures("on_executor")
@@ -130,7 +134,7 @@ def test_every_activation(with_residual: bool) -> None:
         x = data(channels=3)
         residual = torch.randn_like(Stock(block)(x)) if with_residual else None
         compare(pools, block, x, residual, "train", activation)
-    check(pools)
+    check_pools(pools)
 
 
 @pytest.mark.usefixtures("on_executor")
@@ -144,7 +148,7 @@ def test_sixteen_bits_by_autocast(channels: int, dtype: torch.dtype) -> None:
         with simt.counting() as counts:
             compare(pools, block, x, None, "train", name, autocast=dtype)
         assert len(launches(counts)) == 1
-    check(pools)
+    check_pools(pools)
 
 
 @pytest.mark.usefixtures("on_executor")
@@ -169,6 +173,26 @@ def test_evaluation_without_gradients(dtype: torch.dtype) -> None:
                     pool.add(ours, stock(x, residual), oracle, name=f"{name}, {activation}")
             assert block._folded.folds == 1
     pool.check()
+
+
+@pytest.mark.usefixtures("on_executor")
+def test_deepops_check_looks_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA; here the executor stands in."""
+    monkeypatch.setattr(deepops.backends, "conv", "auto")
+    checks = [check for check in check_ops.CHECKS if check.devices == ("cuda",)]
+    assert {check.kernel for check in checks} == {"conv_bn_act_eval"}
+    assert not [row for row in check_rows(tuple(checks)) if row.device == "cpu"]
+    for check in checks:
+        if "RGB" not in check.op:
+            continue
+        for dtype in check.dtypes:
+            pools: Any = defaultdict(ErrorPool)
+            with simt.counting() as counts:
+                for case in check.compare(Setting("cpu", dtype, *check.layouts)):
+                    pools[case.output].add(case.actual, case.stock, case.oracle, name=case.output)
+            assert len(launches(counts)) == 6  # three seeds: a step, an evaluation
+            check_pools(pools)
+    assert deepops.backends.conv == "auto"
 
 
 # ---- what is around them ---------------------------------------------------------------------------------------------
