@@ -75,9 +75,12 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "(Tensor grad_gates, Tensor grad_r, Tensor grad_out, Tensor grad_h0, Tensor grad_c0, "
       "Tensor grad_weight_peephole, Tensor grad_weight_ln_hh, Tensor grad_weight_ln_c, Tensor grad_bias_ln_c)");
   // The large products around it on the CPU, float32 or float64: a [M, K] times weight [K, N], or [N, K] if transposed,
-  // plus bias; and grad^T x, the sum over all steps' rows.
+  // plus bias; and grad^T x, the sum over all steps' rows, with the sums of grad's columns if wanted. Rows of `start`
+  // come before those of x, or after them.
   m.def("_lstm_product(Tensor a, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
-  m.def("_lstm_weight_gradient(Tensor grad, Tensor x) -> Tensor");
+  m.def(
+      "_lstm_weight_gradient(Tensor grad, Tensor x, Tensor? start, bool start_last, bool sums) -> "
+      "(Tensor, Tensor sums)");
   // Both weights of a cell in the order in which lstm_cell reads them; device dependent, opaque. Weights [4H, I],
   // [4H, H].
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor packed");

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments
+from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments, memory_format_of
 from deepops._checks import Size
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, counter
@@ -69,7 +69,7 @@ class ConvBatchNormAct(torch.autograd.Function):
     @classmethod
     def run(
         cls,
-        x: Tensor,  # [N, C, H, W], channels_last
+        x: Tensor,  # [N, C, H, W], channels_last or contiguous
         conv_weight: Tensor,  # [K, C / groups, R, S]
         shift: Tensor | None,  # [K], the convolution's bias: batch statistics remove it, its gradient is 0
         weight: Tensor | None,  # [K], as the following
@@ -116,7 +116,7 @@ class ConvBatchNormAct(torch.autograd.Function):
             y = ctx.op.plain(x, conv_weight, weight, bias, ctx.options)
             grads: Sequence[Grad] = differentiate(ctx, y, [x, conv_weight, weight, bias], grad_y)
         else:
-            grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+            grad_y = grad_y.contiguous(memory_format=memory_format_of(saved[0]))
             needed = (need_x, need_conv_weight, need_weight or need_bias)
             grads = ctx.op.gradients(grad_y, saved, ctx.options, needed)
         return grads_of_arguments(ctx, grads, saved[4])

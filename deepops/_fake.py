@@ -24,8 +24,14 @@ def _like(tensor: Tensor, needed: bool = True) -> Tensor:
 
 
 def _data(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
-    """A convolution's output, in channels_last."""
-    return x.new_empty([x.size(0), channels, *sizes]).contiguous(memory_format=torch.channels_last)
+    """A convolution's output, in the layout of ``x``."""
+    data = x.new_empty([x.size(0), channels, *sizes])
+    return data.contiguous(memory_format=torch.channels_last) if _channels_last(x) else data
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Which layout the kernels see where it may be either."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _batch_norm_act_train(
@@ -180,7 +186,8 @@ def _pointwise_bn_act_train(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels, inputs = conv_weight.shape[:2]
     moments = x.new_empty((1 + inputs) * inputs, dtype=torch.float64)
-    words = (x.numel() // inputs) * ((channels + 15) // 16)
+    rows, pixels = x.numel() // inputs, x.size(2) * x.size(3)
+    words = rows * ((channels + 15) // 16) if _channels_last(x) else x.size(0) * ((pixels + 15) // 16) * channels
     two_slopes = activation in ("relu", "relu6", "leaky_relu")
     bits = x.new_empty(words if save and two_slopes else 0, dtype=torch.int16)
     return _data(x, channels, x.shape[2:]), *_vectors(x, channels), moments, bits

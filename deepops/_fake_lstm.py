@@ -107,8 +107,10 @@ def _lstm_product(a: Tensor, weight: Tensor, bias: Tensor | None, transposed: bo
     return a.new_empty(a.size(0), weight.size(0 if transposed else 1))
 
 
-def _lstm_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.new_empty(grad.size(1), x.size(1))
+def _lstm_weight_gradient(
+    grad: Tensor, x: Tensor, start: Tensor | None, start_last: bool, sums: bool
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.size(1), x.size(1)), grad.new_empty(grad.size(1) if sums else 0)
 
 
 def _lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:

@@ -19,7 +19,14 @@ from deepops._autograd import Grad, aliases
 from deepops._checks import autocast_enabled, transforms_active
 from deepops._fallback import warn_once
 from deepops._library import gpu_not_covered, has_kernel
-from deepops._lstm_products import input_gates, over_rows, product, product_dtype, recurrent_weight_grad
+from deepops._lstm_products import (
+    input_gates,
+    over_rows,
+    over_rows_with_sums,
+    product,
+    product_dtype,
+    recurrent_weight_grad,
+)
 from deepops._lstm_types import PLAIN, Variant, Weights
 from deepops.reference import lstm as reference
 
@@ -242,7 +249,9 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
     grads: dict[str, Grad] = {"h0": grad_h0, "c0": grad_c0}
     grads.update(zip(("weight_peephole", "weight_ln_hh", "weight_ln_c", "bias_ln_c"), grads_of_vectors, strict=True))
     rows = grad_gates.flatten(0, 1).to(dtype)
-    if needs["bias_ih"] or needs["bias_hh"]:
+    biased = needs["bias_ih"] or needs["bias_hh"]
+    together = biased and needs["weight_ih"] and weights.weight_ln_ih is None  # sums with the weight's product
+    if biased and not together:
         grads["bias_ih"] = grads["bias_hh"] = rows.sum(0)
     if needs["weight_hh"]:
         of_r = grad_gates if weights.weight_ln_hh is None else grad_r
@@ -256,7 +265,10 @@ def _backward(ctx: Any, saved: Sequence[Any], grads_of_states: Sequence[Grad]) -
             rows, a.to(dtype), [rows.size(1)], mean, invstd, scale, None, wanted
         )
     if needs["weight_ih"]:
-        grads["weight_ih"] = over_rows(rows, x.reshape(-1, x.size(2)).to(dtype))
+        inputs = x.reshape(-1, x.size(2)).to(dtype)
+        grads["weight_ih"], sums = over_rows_with_sums(rows, inputs, together)
+        if together:
+            grads["bias_ih"] = grads["bias_hh"] = sums
     if needs["x"]:
         grads["x"] = product(rows, weights.weight_ih.to(dtype)).view_as(x)
     return [grads[name].to(x.dtype) if needed else None for name, needed in needs.items()]  # type: ignore[union-attr]

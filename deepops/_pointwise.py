@@ -68,9 +68,9 @@ class PointwiseBatchNormAct(ConvBatchNormAct):
         groups: int,
         activation: str,
     ) -> tuple[Tensor, tuple[()]] | None:
-        """Those of a convolution that ``expands``, fp32 or fp64 without autocast, channels_last, on the CPU.
+        """Those of a convolution that ``expands``, fp32 or fp64 without autocast, on the CPU.
 
-        With 256 values per channel or more, above 32 channels 4,096.
+        ``x``: channels_last or contiguous, with 256 values per channel or more, above 32 channels 4,096.
         """
         rows = LEAST_ROWS if conv_weight.size(1) <= 32 else LEAST_ROWS_ABOVE_32_CHANNELS
         if not (
@@ -82,8 +82,7 @@ class PointwiseBatchNormAct(ConvBatchNormAct):
             and conv_weight.is_cpu
             and x.dtype is conv_weight.dtype
             and (x.dtype is torch.float32 or x.dtype is torch.float64)
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not x.is_contiguous()
+            and x.is_contiguous(memory_format=torch.channels_last) != x.is_contiguous()
             and x.numel() >= rows * x.size(1)
             and not autocast_enabled(x)
         ):

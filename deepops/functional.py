@@ -152,10 +152,11 @@ def conv_bn_act(
     on the CPU, without residual, autocast, compilation or ``torch.func``, is one op with the rest. It computes the
     convolution again wherever it needs it: the backward then keeps nothing of the size of the output.
 
-    So is, under the same conditions, an expanding 1x1 convolution without stride and padding, from 8 to 64 channels (32
-    for activations other than identity and the ReLU family) to at least three times as many, with 256 values or more
-    per channel, above 32 channels 4,096. Its result is never stored, as its statistics follow from the covariances of
-    ``x``, and the backward keeps a bit per value of the output for the ReLU family, nothing for other activations.
+    So is, under the same conditions, of channels_last or contiguous data, an expanding 1x1 convolution without stride
+    and padding, from 8 to 64 channels (32 for activations other than identity and the ReLU family) to at least three
+    times as many, with 256 values or more per channel, above 32 channels 4,096. Its result is never stored, as its
+    statistics follow from the covariances of ``x``, and the backward keeps a bit per value of the output for the ReLU
+    family, nothing for other activations.
 
     Args:
         x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.

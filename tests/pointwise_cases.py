@@ -15,6 +15,7 @@ from bn_cases import KINKS, MARGIN, Pools
 from torch import Tensor
 
 from deepops import reference
+from deepops._autograd import memory_format_of
 from deepops.testing import ErrorPool, to_double, use_threads
 
 GRADIENTS = ("x", "conv_weight", "weight", "bias")
@@ -25,7 +26,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 class Case:
     """Everything a call needs."""
 
-    x: Tensor  # [N, C, H, W], channels_last
+    x: Tensor  # [N, C, H, W], channels_last or contiguous
     conv_weight: Tensor  # [K, C, 1, 1]
     weight: Tensor | None
     bias: Tensor | None
@@ -52,6 +53,7 @@ def make_case(
     mean: float = 0.0,
     deviation: float = 1.0,
     affine: bool = True,
+    layout: torch.memory_format = torch.channels_last,
     **options: Any,
 ) -> Case:
     """Build a random case; its pre-activations reach across all kinks."""
@@ -64,9 +66,7 @@ def make_case(
         return stored(torch.rand(channels, dtype=torch.float64) * (high - low) + low)
 
     case = Case(
-        x=stored(torch.randn(shape, dtype=torch.float64) * deviation + mean).contiguous(
-            memory_format=torch.channels_last
-        ),
+        x=stored(torch.randn(shape, dtype=torch.float64) * deviation + mean).contiguous(memory_format=layout),
         conv_weight=stored(torch.randn(channels, shape[1], 1, 1, dtype=torch.float64)),
         weight=per_channel(-3.0, 3.0) if affine else None,
         bias=per_channel(-1.0, 3.0) if affine else None,
@@ -80,7 +80,7 @@ def make_case(
     for kink in KINKS.get(case.activation, ()):
         sure &= (z - kink).abs() > MARGIN[dtype] * max(1.0, abs(mean) / deviation / 10)
     grad_y = torch.randn(z.shape, dtype=torch.float64).to(device) * sure
-    return replace(case, grad_y=stored(grad_y).contiguous(memory_format=torch.channels_last))
+    return replace(case, grad_y=stored(grad_y).contiguous(memory_format=layout))
 
 
 def to_double_case(case: Case) -> Case:
@@ -172,7 +172,7 @@ class PointwisePools(Pools):
                 continue
             assert actual[key].dtype == case.x.dtype
             if key in ("y", "grad_x"):
-                assert actual[key].is_contiguous(memory_format=torch.channels_last), f"{name} {key}"
+                assert actual[key].is_contiguous(memory_format=memory_format_of(case.x)), f"{name} {key}"
             scale = gradient_scale(case, key)
             pool = self.pools.setdefault(key, ErrorPool())
             pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scale)

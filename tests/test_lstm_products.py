@@ -20,13 +20,18 @@ if not has_kernel("_lstm_product", "cpu"):
 SHAPES = [(1, 1, 1), (5, 3, 7), (17, 64, 65), (130, 129, 63), (257, 20, 128), (700, 33, 80), (64, 300, 200)]
 
 
+def weight_gradient(grad, x, start=None, start_last=False, sums=False):
+    return torch.ops.deepops._lstm_weight_gradient(grad, x, start, start_last, sums)
+
+
 @pytest.mark.parametrize("isa", testing.isas())
 def test_values(isa):
-    pools = {name: ErrorPool() for name in ("x W^T + b", "x W", "g^T x")}
+    pools = {name: ErrorPool() for name in ("x W^T + b", "x W", "g^T x", "sums of g")}
     with use_isa(isa):
         for (rows, size, columns), _ in product(SHAPES, range(2)):
             x, weight, bias = torch.randn(rows, size), torch.randn(columns, size), torch.randn(columns)
             back, grad = torch.randn(size, columns), torch.randn(rows, columns)
+            of_weight, sums = weight_gradient(grad, x, sums=True)
             results = {
                 "x W^T + b": (
                     torch.ops.deepops._lstm_product(x, weight, bias, True),
@@ -34,16 +39,23 @@ def test_values(isa):
                     torch.addmm(bias.double(), x.double(), weight.T.double()),
                 ),
                 "x W": (torch.ops.deepops._lstm_product(x, back, None, False), x @ back, x.double() @ back.double()),
-                "g^T x": (
-                    torch.ops.deepops._lstm_weight_gradient(grad, x),
-                    grad.T @ x,
-                    grad.T.double() @ x.double(),
-                ),
+                "g^T x": (of_weight, grad.T @ x, grad.T.double() @ x.double()),
+                "sums of g": (sums, grad.sum(0), grad.double().sum(0)),
             }
             for name, (actual, stock, oracle) in results.items():
                 pools[name].add(actual, stock, oracle, name=f"{name} {(rows, size, columns)}")
     for pool in pools.values():
         pool.check()
+
+
+@pytest.mark.parametrize("start_last", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 255, 256, 257, 699, 700])
+def test_rows_in_two_parts(at, start_last):
+    x, grad = torch.randn(700, 33), torch.randn(700, 80)
+    expected = weight_gradient(grad, x, sums=True)
+    start, others = (x[at:], x[:at]) if start_last else (x[:at], x[at:])
+    for part, again in zip(expected, weight_gradient(grad, others, start, start_last, sums=True), strict=True):
+        assert torch.equal(part, again)
 
 
 def test_double_precision():
@@ -53,18 +65,20 @@ def test_double_precision():
         )
         actual = torch.ops.deepops._lstm_product(x, weight, None, False)
         torch.testing.assert_close(actual, x @ weight, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(torch.ops.deepops._lstm_weight_gradient(grad, x), grad.T @ x, rtol=1e-11, atol=1e-11)
+        of_weight, sums = weight_gradient(grad, x, sums=True)
+        torch.testing.assert_close(of_weight, grad.T @ x, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(sums, grad.sum(0), rtol=1e-11, atol=1e-11)
 
 
 def test_same_bits_for_every_thread_count():
     x, weight, grad = torch.randn(700, 150), torch.randn(600, 150), torch.randn(700, 600)
-    expected = torch.ops.deepops._lstm_product(x, weight, None, True), torch.ops.deepops._lstm_weight_gradient(grad, x)
+    expected = torch.ops.deepops._lstm_product(x, weight, None, True), weight_gradient(grad, x, sums=True)
     for threads in (2, 3):
         with use_threads(threads), count_parallel_regions() as regions:
             product_again = torch.ops.deepops._lstm_product(x, weight, None, True)
-            gradient_again = torch.ops.deepops._lstm_weight_gradient(grad, x)
+            gradient_again = weight_gradient(grad, x, sums=True)
         assert torch.equal(product_again, expected[0])
-        assert torch.equal(gradient_again, expected[1])
+        assert all(map(torch.equal, gradient_again, expected[1]))
         assert regions.count == 3  # packing, the product; the gradient
 
 
@@ -95,7 +109,9 @@ def test_fakes():
     checks = ("test_schema", "test_faketensor")
     x, weight = torch.randn(9, 20), torch.randn(30, 20)
     torch.library.opcheck(torch.ops.deepops._lstm_product, (x, weight, torch.randn(30), True), test_utils=checks)
-    torch.library.opcheck(torch.ops.deepops._lstm_weight_gradient, (torch.randn(9, 30), x), test_utils=checks)
+    grad, op = torch.randn(9, 30), torch.ops.deepops._lstm_weight_gradient
+    torch.library.opcheck(op, (grad, x, None, False, False), test_utils=checks)
+    torch.library.opcheck(op, (grad, x[:7], x[7:], True, True), test_utils=checks)
 
 
 def test_bad_input():
@@ -111,4 +127,10 @@ def test_bad_input():
         with pytest.raises(RuntimeError, match=message):
             multiply(*arguments)
     with pytest.raises(RuntimeError, match="the same rows, at least one"):
-        torch.ops.deepops._lstm_weight_gradient(x, x[:5])
+        weight_gradient(x, x[:5])
+    with pytest.raises(RuntimeError, match="the same rows, at least one"):
+        weight_gradient(x, x, x[:1])
+    with pytest.raises(RuntimeError, match="start must have the columns of x"):
+        weight_gradient(x, x[1:], x[:1, 1:])
+    with pytest.raises(RuntimeError, match="start must be a contiguous matrix"):
+        weight_gradient(x, x[1:], x[0])

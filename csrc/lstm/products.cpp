@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "core/checks.h"
 #include "core/memory_pool.h"
@@ -64,30 +65,44 @@ Tensor product_cpu(Tensor a, Tensor weight, std::optional<Tensor> bias, bool tra
   return out;
 }
 
-Tensor weight_gradient_cpu(Tensor grad, Tensor x) {
+std::tuple<Tensor, Tensor> weight_gradient_cpu(Tensor grad, Tensor x, std::optional<Tensor> start, bool start_last,
+                                               bool sums) {
   constexpr const char* kOp = "_lstm_weight_gradient";
   check_matrix(grad, grad, kOp, "grad");
   check_matrix(x, grad, kOp, "x");
-  STD_TORCH_CHECK(grad.size(0) == x.size(0) && x.size(0) > 0, kOp,
-                  ": grad and x must have the same rows, at least one");
+  if (start.has_value()) {
+    check_matrix(*start, grad, kOp, "start");
+    STD_TORCH_CHECK(start->size(1) == x.size(1), kOp, ": start must have the columns of x");
+  }
+  const int64_t rows = x.size(0) + (start.has_value() ? start->size(0) : 0);
+  STD_TORCH_CHECK(grad.size(0) == rows && rows > 0, kOp,
+                  ": grad and x, with start, must have the same rows, at least one");
   OuterProduct p{};
   p.is_double = grad.scalar_type() == core::ScalarType::Double;
   p.size = grad.size(0);
   p.a_columns = grad.size(1);
   p.b_columns = x.size(1);
   Tensor out = core::pooled_matrix(p.a_columns, p.b_columns, grad);
+  Tensor column_sums = core::empty_vector(sums ? p.a_columns : 0, grad.scalar_type(), grad);
   p.a = grad.const_data_ptr();
-  p.b = x.const_data_ptr();
+  p.b[start_last ? 0 : 1] = {x.const_data_ptr(), x.size(0)};
+  p.b[start_last ? 1 : 0] = {core::data_or_null(start), rows - x.size(0)};
   p.out = out.mutable_data_ptr();
   const int64_t items = panels_of(p.a_columns);
   const int64_t workers = workers_for(p.size * p.a_columns * p.b_columns, items);
   const int64_t each = p.work_size((items + workers - 1) / workers), bytes = p.is_double ? 8 : 4;
   Scratch scratch;
   p.work = take(p.is_double, workers * each, scratch);
+  if (sums) {
+    const std::span<double> exact = scratch.take<double>(items * kPanelColumns);
+    std::fill(exact.begin(), exact.end(), 0.0);
+    p.exact_sums = exact.data();
+    p.sums = column_sums.mutable_data_ptr();
+  }
   core::divide(workers, items, [&](int64_t worker, int64_t begin, int64_t end) {
     kernels().outer(p, static_cast<char*>(p.work) + worker * each * bytes, begin, end);
   });
-  return out;
+  return {out, column_sums};
 }
 
 }  // namespace

@@ -16,12 +16,20 @@ struct RowsProduct {
   void *panels, *out;
 };
 
-// out [columns of a, columns of b] = a^T * b, sums over `size` rows. work: for each thread work_size() values.
+// out [columns of a, columns of b] = a^T * b, sums over `size` rows; those of b come in two parts, one after the other.
+// sums: those of a's columns. work: for each thread work_size() values.
 struct OuterProduct {
+  struct Rows {
+    const void* data;
+    int64_t count;
+  };
   bool is_double;
   int64_t size, a_columns, b_columns;
-  const void *a, *b;
+  const void* a;
+  Rows b[2];
   void *work, *out;
+  void* sums;          // [columns of a], or null
+  double* exact_sums;  // [panels * 64], zeros; null without sums
 
   static constexpr int64_t kBlock = 256;  // rows that are summed over before the next panel
   // Of items [begin, end): b^T of a block, a panel of a, and sums of all items.

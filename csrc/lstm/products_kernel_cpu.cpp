@@ -54,19 +54,48 @@ void rows_product(const RowsProduct& p, int64_t begin, int64_t end) {
     }
 }
 
+// Rows [first, first + count) of b become columns of `to`, whose stride is a block.
+template <class S>
+void transpose_rows(const OuterProduct& p, int64_t first, int64_t count, S* to) {
+  int64_t start = 0;  // of a part
+  for (const OuterProduct::Rows& part : p.b) {
+    const int64_t begin = first > start ? first : start, end = least(first + count, start + part.count);
+    if (begin < end)
+      transpose(static_cast<const S*>(part.data) + (begin - start) * p.b_columns, p.b_columns, end - begin, p.b_columns,
+                to + begin - first, OuterProduct::kBlock);
+    start += part.count;
+  }
+}
+
+// Adds the columns of a panel to `sums`, [64]: a few rows in the type of the data, then in double.
+template <class S>
+void add_columns(const S* panel, int64_t rows, double* sums) {
+  constexpr int64_t kFew = 16;
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    Lanes<double> exact = load_lanes(sums + lane);
+    for (int64_t first = 0; first < rows; first += kFew) {
+      Lanes<S> sum(S(0));
+      for (int64_t row = first; row < least(first + kFew, rows); ++row) sum += load_lanes(panel + row * kPanel + lane);
+      exact += widen(sum);
+    }
+    store_lanes(sums + lane, exact);
+  }
+}
+
 template <class S>
 void outer_product(const OuterProduct& p, void* work, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = OuterProduct::kBlock;
   S* const transposed = static_cast<S*>(work);  // [columns of b][block]
   S* const panel = transposed + p.b_columns * kBlock;
   S* const sums = panel + kBlock * kPanel;  // [panels][columns of b][64]
-  const auto *const a = static_cast<const S*>(p.a), *const b = static_cast<const S*>(p.b);
+  const auto* const a = static_cast<const S*>(p.a);
   const int64_t of_panel = p.b_columns * kPanel;
   for (int64_t k = 0; k < p.size; k += kBlock) {
     const int64_t rows = least(kBlock, p.size - k);
-    transpose(b + k * p.b_columns, p.b_columns, rows, p.b_columns, transposed, kBlock);
+    transpose_rows(p, k, rows, transposed);
     for (int64_t index = begin; index < end; ++index) {
       copy_panel(a + k * p.a_columns, p.a_columns, index * kPanel, rows, panel);
+      if (p.sums) add_columns(panel, rows, p.exact_sums + index * kPanel);
       for_row_tiles<S>(0, p.b_columns, [&](int64_t first, int64_t count) {
         S* const to = sums + (index - begin) * of_panel + first * kPanel;
         multiply(transposed + first * kBlock, kBlock, count, rows, panel, to, k > 0);
@@ -77,6 +106,8 @@ void outer_product(const OuterProduct& p, void* work, int64_t begin, int64_t end
     const int64_t column = index * kPanel;
     transpose(sums + (index - begin) * of_panel, int64_t(kPanel), p.b_columns, least(kPanel, p.a_columns - column),
               static_cast<S*>(p.out) + column * p.b_columns, p.b_columns);
+    for (int64_t at = column; p.sums && at < least(column + kPanel, p.a_columns); ++at)
+      static_cast<S*>(p.sums)[at] = S(p.exact_sums[at]);
   }
 }
 

@@ -23,19 +23,22 @@ namespace deepops {
 namespace {
 
 constexpr int64_t kLanes = PointwiseProblem::kLanes;
-constexpr int64_t kMostItems = 32, kRowsOfItem = 10 * PointwiseProblem::kBlock;
+constexpr int64_t kMostItems = 32, kRowsOfItem = 10 * PointwiseProblem::kBlock, kBlocksOfItem = 8;
 constexpr int64_t kStreamAbove = 16 << 20;  // bytes of y that do not stay in the cache anyway
 constexpr int64_t kSamples = 8, kVectorBytes = 64;
 
-const PointwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(pointwise_kernels); }
+const PointwiseKernels& kernels(const PointwiseProblem& p) {
+  return p.planar() ? *DEEPOPS_CHOOSE_ISA(pointwise_planar_kernels) : *DEEPOPS_CHOOSE_ISA(pointwise_kernels);
+}
 
 PointwiseProblem problem_of(const Tensor& x, const Tensor& filter, const std::string& activation,
                             double negative_slope) {
   constexpr const char* kOp = "pointwise_bn_act";
   core::check_cpu(x, kOp, "x");
   PointwiseProblem p{};
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_channels_last(x), kOp,
-                  ": x must be [N, C, H, W], not empty, channels_last");
+  const bool rows = x.dim() == 4 && is_channels_last(x);
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && (rows || x.is_contiguous()), kOp,
+                  ": x must be [N, C, H, W], not empty, channels_last or contiguous");
   p.dtype = core::data_type_of(x, kOp, "x");
   STD_TORCH_CHECK(p.dtype <= DataType::f64, kOp, ": x must be float32 or float64");
   core::check_same_device(filter, x, kOp, "conv_weight");
@@ -48,8 +51,9 @@ PointwiseProblem problem_of(const Tensor& x, const Tensor& filter, const std::st
   p.channels = filter.size(0);
   p.inputs = x.size(1);
   p.inner = x.size(2) * x.size(3);
-  p.channels_adjacent = true;
-  p.items = std::clamp<int64_t>(p.rows() / kRowsOfItem, 1, kMostItems);
+  p.channels_adjacent = rows;
+  p.items =
+      std::clamp<int64_t>(rows ? p.rows() / kRowsOfItem : p.batch * p.blocks_of_image() / kBlocksOfItem, 1, kMostItems);
   return p;
 }
 
@@ -59,12 +63,13 @@ bool has_two_slopes(const PointwiseProblem& p) {
          p.activation == Activation::leaky_relu;
 }
 
-// [N, K, H, W], channels_last.
+// [N, K, H, W], in the layout of x.
 struct OutputLayout {
   int64_t sizes[4], strides[4];
   OutputLayout(const PointwiseProblem& p, const Tensor& x)
       : sizes{p.batch, p.channels, x.size(2), x.size(3)},
-        strides{p.inner * p.channels, 1, x.size(3) * p.channels, p.channels} {}
+        strides{p.inner * p.channels, p.planar() ? p.inner : 1, x.size(3) * (p.planar() ? 1 : p.channels),
+                p.planar() ? 1 : p.channels} {}
 };
 
 void check_kept(const PointwiseProblem& p, const Tensor& x, const Tensor& grad_y, const Tensor& moments,
@@ -75,9 +80,9 @@ void check_kept(const PointwiseProblem& p, const Tensor& x, const Tensor& grad_y
   bool same = grad_y.dim() == 4 && grad_y.scalar_type() == x.scalar_type();
   for (int64_t d = 0; same && d < 4; ++d)
     same = grad_y.size(d) == layout.sizes[d] && (grad_y.size(d) == 1 || grad_y.stride(d) == layout.strides[d]);
-  STD_TORCH_CHECK(same, kOp, ": grad_y must have the shape of the output and the dtype of x, channels_last");
+  STD_TORCH_CHECK(same, kOp, ": grad_y must have the shape of the output, and the dtype and memory layout of x");
   core::check_vector(moments, (1 + p.inputs) * p.inputs, ScalarType::Double, x, kOp, "moments");
-  core::check_vector(bits, has_two_slopes(p) ? p.rows() * p.bits_per_row() : 0, ScalarType::Short, x, kOp, "bits");
+  core::check_vector(bits, has_two_slopes(p) ? p.words() : 0, ScalarType::Short, x, kOp, "bits");
 }
 
 // ---- numbers between tensors and kernels ----------------------------------------------------------------------------
@@ -193,14 +198,14 @@ void take_moments(const PointwiseProblem& p, PointwiseArguments args, const Work
   const int64_t slots = p.input_slots(), rows = p.rows(), samples = std::min(rows, kSamples);
   const Values shift = zeros(slots, scratch);
   for (int64_t c = 0; c < p.inputs; ++c) {
-    for (int64_t i = 0; i < samples; ++i) shift[c] += value_at(p, args.x, i * rows / samples * p.inputs + c);
+    for (int64_t i = 0; i < samples; ++i) shift[c] += value_at(p, args.x, p.x_at(i * rows / samples, c));
     shift[c] /= double(samples);
     if (!std::isfinite(shift[c])) shift[c] = 0;  // any value does
   }
-  const Values sums = scratch.take<double>(p.items * (1 + slots) * slots);
+  const Values sums = scratch.take<double>(p.items * p.moments_of_item());
   args.shift = shift.data();
   args.moments = sums.data();
-  workers.run(kernels().moments, args);
+  workers.run(kernels(p).moments, args);
   add_items(sums, p.items);
   const double per_row = 1 / double(rows);
   for (int64_t c = 0; c < p.inputs; ++c) {
@@ -219,7 +224,8 @@ Values times_covariance(const PointwiseProblem& p, const Values& filter, const d
   const Values covariance = zeros(slots * slots, scratch), result = scratch.take<double>(p.slots() * slots);
   for (int64_t c = 0; c < p.inputs; ++c)
     std::copy_n(moments + (1 + c) * p.inputs, p.inputs, covariance.begin() + c * slots);
-  kernels().product(filter.data(), false, covariance.data(), result.data(), p.slots(), slots, slots);
+  DEEPOPS_CHOOSE_ISA(pointwise_product)(filter.data(), false, covariance.data(), result.data(), p.slots(), slots,
+                                        slots);
   return result;
 }
 
@@ -256,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor co
   StoredVectors statistics(p, x);  // mean and invstd
   const double factor = count_batch(num_batches_tracked, momentum);
   Tensor moments = core::empty_vector((1 + p.inputs) * p.inputs, ScalarType::Double, x);
-  Tensor bits = core::empty_vector(save && has_two_slopes(p) ? p.rows() * p.bits_per_row() : 0, ScalarType::Short, x);
+  Tensor bits = core::empty_vector(save && has_two_slopes(p) ? p.words() : 0, ScalarType::Short, x);
   const OutputLayout layout(p, x);
   Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
 
@@ -265,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor co
   PointwiseArguments args{};
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
-  args.stream = y.numel() * y.element_size() >= kStreamAbove && p.channels % kLanes == 0 &&
+  args.stream = y.numel() * y.element_size() >= kStreamAbove && (p.planar() ? p.inner : p.channels) % kLanes == 0 &&
                 reinterpret_cast<uintptr_t>(args.y) % kVectorBytes == 0;
   args.bits = bits.numel() ? static_cast<uint16_t*>(bits.mutable_data_ptr()) : nullptr;
   auto* const moment_data = static_cast<double*>(moments.mutable_data_ptr());
@@ -288,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor co
   for (int64_t k = 0; k < p.channels; ++k) scales[k] *= variances[k];
   Affine affine(p, filter, {moment_data, size_t(p.inputs)}, scales, read(bias, p.channels, 0, scratch), scratch);
   affine.give(args);
-  workers.run(kernels().forward, args);
+  workers.run(kernels(p).forward, args);
   return {y, statistics.first, statistics.second, moments, bits};
 }
 
@@ -326,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   const Values invstds = read(invstd, p.channels, 1, scratch), scales = read(weight, p.channels, 1, scratch);
   for (int64_t k = 0; k < p.channels; ++k) scales[k] *= invstds[k];
   Affine affine(p, filter, x_means, scales, read(bias, p.channels, 0, scratch), scratch);
-  const Values sums = scratch.take<double>(p.items * (1 + p.inputs) * slots);
+  const Values sums = scratch.take<double>(p.items * p.sums_of_item());
   PointwiseArguments args{};
   affine.give(args);
   args.x = x.const_data_ptr();
@@ -334,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   args.bits = bits.numel() ? static_cast<uint16_t*>(const_cast<void*>(bits.const_data_ptr())) : nullptr;
   args.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   args.sums = sums.data();
-  workers.run(kernels().backward, args);
+  workers.run(kernels(p).backward, args);
   add_items(sums, p.items);
 
   // P, from x centred on its true mean.
@@ -342,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
   for (int64_t c = 0; c < p.inputs; ++c) {
     const double offset = x_means[c] - affine.center[c];
     for (int64_t k = 0; k < p.channels; ++k)
-      products[k * input_slots + c] = sums[(1 + c) * slots + k] - offset * sums[k];
+      products[k * input_slots + c] = sums[p.product_at(k, c)] - offset * sums[k];
   }
   const Values sum_g = scratch.take<double>(p.channels), sum_gz = scratch.take<double>(p.channels);
   const Values slopes = scratch.take<double>(p.channels);
@@ -366,7 +372,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
         scaled[at] = scales[k] * slopes[k] * per_row * filter[at];
         constant[c] += scales[k] * sum_g[k] * per_row * filter[at];
       }
-    kernels().product(filter.data(), true, scaled.data(), slope.data(), input_slots, input_slots, slots);
+    DEEPOPS_CHOOSE_ISA(pointwise_product)(filter.data(), true, scaled.data(), slope.data(), input_slots, input_slots,
+                                          slots);
     for (int64_t c = 0; c < input_slots; ++c) center[c] = affine.center[c];
     for (int64_t c = 0; c < p.inputs; ++c)  // x is centred on the rounded mean
       for (int64_t d = 0; d < p.inputs; ++d) constant[d] -= (x_means[c] - center[c]) * slope[c * input_slots + d];
@@ -375,7 +382,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
     args.center = args.exact ? center.data() : args.center;
     args.slope = args.exact ? slope.data() : slope_numbers.data();
     args.constant = args.exact ? constant.data() : constant_numbers.data();
-    workers.run(kernels().finish, args);
+    workers.run(kernels(p).finish, args);
   }
   for (int64_t k = 0; k < p.channels; ++k) sum_gz[k] *= invstds[k];
   affine_grads.set(sum_gz, sum_g, 0, p.channels);

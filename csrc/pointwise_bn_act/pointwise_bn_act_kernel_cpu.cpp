@@ -1,4 +1,4 @@
-// CPU kernels of pointwise_bn_act; compiled once per instruction set, raw pointers only.
+// CPU kernels of pointwise_bn_act for channels_last; compiled once per instruction set, raw pointers only.
 //
 //   moments    sums of x - shift and of its products, in double from the start
 //   forward    y = act((x - center) W'^T + b')
@@ -9,9 +9,7 @@
 // cache, and so does the panel of g that comes from them. Sums in single precision are those of one block.
 #include "pointwise_bn_act/pointwise_bn_act.h"
 
-#include "pointwise_bn_act/tiles.h"
-// after lanes.h, whose types the formulas are instantiated with
-#include "batch_norm_act/batch_norm_act_math.h"
+#include "pointwise_bn_act/blocks.h"
 
 namespace deepops::DEEPOPS_ISA {
 namespace {
@@ -21,34 +19,6 @@ using Arguments = PointwiseArguments;
 constexpr int64_t kBlock = Problem::kBlock;
 static_assert(kLanes == Problem::kLanes);
 
-// ---- activations with two slopes ------------------------------------------------------------------------------------
-
-// Where the slope is the flat one; elsewhere it is 1.
-template <class V>
-auto flat(const Relu&, const V& u) {
-  return u <= V(0.0f);
-}
-template <class V>
-auto flat(const Relu6&, const V& u) {
-  return (u <= V(0.0f)) | (u >= V(6.0f));
-}
-template <class V>
-auto flat(const LeakyRelu&, const V& u) {
-  return u <= V(0.0f);
-}
-template <class Act, class V>
-V flat_part(const Act&, const V&) {
-  return V(0.0f);
-}
-template <class V>
-V flat_part(const LeakyRelu& act, const V& g) {
-  return g * constant<V>(act.negative_slope);
-}
-template <class Act>
-inline constexpr bool kTwoSlopes = requires(const Act& act, Lanes<float> u) { flat(act, u); };
-template <class Act>
-inline constexpr bool kOneSlope = __is_same(Act, Identity);
-
 // ---- the walk -------------------------------------------------------------------------------------------------------
 
 // each(first row, rows) for the blocks of an item.
@@ -57,19 +27,6 @@ DEEPOPS_INLINE void for_blocks(const Problem& p, int64_t item, const Each& each)
   for (int64_t row = p.first_row(item), last = p.first_row(item + 1); row < last; row += kBlock)
     each(row, least(kBlock, last - row));
 }
-
-// each.operator()<lanes>(first column) for panels of `slots` columns.
-template <class S, class Each>
-DEEPOPS_INLINE void for_panels(int64_t slots, const Each& each) {
-  for (int64_t first = 0; first < slots; first += TileShape<S>::kColumns)
-    with_lanes<TileShape<S>::kLanesAtOnce>((slots - first) / kLanes, [&]<int lanes>() __attribute__((always_inline)) {
-      each.template operator()<lanes>(first);
-    });
-}
-
-inline Lanes<float> to_lanes_of(const Lanes<float>& value, float) { return value; }
-inline Lanes<double> to_lanes_of(const Lanes<double>& value, double) { return value; }
-inline Lanes<double> to_lanes_of(const Lanes<float>& value, double) { return widen(value); }
 
 // x - center of a block, in type A, as [24][input slots]; what there is none of is 0.
 template <class S, class A>
@@ -83,41 +40,16 @@ void load_block(const Problem& p, const void* x, const A* center, int64_t row, i
     }
 }
 
-template <class S>
-void add_to(double* sums, const Lanes<S>& terms) {
-  store_lanes(sums, load_lanes(sums) + widen(terms));
-}
-
-template <class S>
-Lanes<S> zero(int, int) {
-  return Lanes<S>(S(0));
-}
-
 // ---- the passes -----------------------------------------------------------------------------------------------------
 
-// The products of a pair of channels once: columns from c on, and those of the same lanes.
 template <class S>
 void moments(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = TileShape<double>::kRows;
-  const int64_t slots = p.input_slots();
   double* const block = static_cast<double*>(workspace);
   for (int64_t item = begin; item < end; ++item) {
-    double* const sums = args.moments + item * (1 + slots) * slots;
-    for (int64_t i = 0; i < (1 + slots) * slots; ++i) sums[i] = 0;
+    double* const sums = clear(args.moments, item, p.moments_of_item());
     for_blocks(p, item, [&](int64_t row, int64_t count) {
       load_block<S, double>(p, args.x, args.shift, row, count, block);
-      for (int64_t column = 0; column < slots; column += kLanes) {
-        Lanes<double> sum = load_lanes(sums + column);
-        for (int64_t t = 0; t < kBlock; ++t) sum += load_lanes(block + t * slots + column);
-        store_lanes(sums + column, sum);
-        for (int64_t c = 0; c < column + kLanes; c += kRows) {
-          double* const to = sums + (1 + c) * slots + column;
-          multiply_tile<double, 1, true>(
-              block + c, slots, block + column, slots, kLanes, kBlock,
-              [&](int r, int) { return load_lanes(to + r * slots); },
-              [&](int r, int, const Lanes<double>& value) { store_lanes(to + r * slots, value); });
-        }
-      }
+      add_moments(block, p.input_slots(), kBlock, sums);
     });
   }
 }
@@ -243,13 +175,12 @@ DEEPOPS_INLINE void add_to_grad_x(const Problem& p, const Arguments& args, const
 
 template <class S, class Act>
 void backward(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end, const Act& act) {
-  const int64_t slots = p.input_slots(), sums_of_item = (1 + p.inputs) * p.slots();
+  const int64_t slots = p.input_slots();
   S* const g = static_cast<S*>(workspace);
   S* const grad_x = g + kBlock * kWidestPanel;
   S* const block = grad_x + kBlock * slots;
   for (int64_t item = begin; item < end; ++item) {
-    double* const sums = args.sums + item * sums_of_item;
-    for (int64_t i = 0; i < sums_of_item; ++i) sums[i] = 0;
+    double* const sums = clear(args.sums, item, p.sums_of_item());
     for_blocks(p, item, [&](int64_t row, int64_t count) {
       load_block<S, S>(p, args.x, static_cast<const S*>(args.center), row, count, block);
       for (int64_t i = 0; i < kBlock * slots; ++i) grad_x[i] = 0;
@@ -269,14 +200,6 @@ void backward(const Problem& p, const Arguments& args, void* workspace, int64_t 
           store_first(to + c, load_lanes(grad_x + t * slots + c), p.inputs - c);
     });
   }
-}
-
-inline Lanes<float> narrow(const Lanes<float>& value, float) { return value; }
-inline Lanes<double> narrow(const Lanes<double>& value, double) { return value; }
-inline Lanes<float> narrow(const Lanes<double>& value, float) {
-  Lanes<float> result;
-  for (int lane = 0; lane < kLanes; ++lane) result.set(lane, float(value[lane]));
-  return result;
 }
 
 // A: in which the product with `slope` is computed.
@@ -315,17 +238,7 @@ void product_of(const double* a, const double* b, double* to, int64_t rows, int6
           [&](int r, int, const Lanes<double>& sum) { store_lanes(to + (row + r) * columns + column, sum); });
 }
 
-void product(const double* a, bool transposed, const double* b, double* to, int64_t rows, int64_t columns,
-             int64_t size) {
-  transposed ? product_of<true>(a, b, to, rows, columns, size) : product_of<false>(a, b, to, rows, columns, size);
-}
-
 // ---- run-time choices to template arguments -------------------------------------------------------------------------
-
-template <class Call>
-void with_type(const Problem& p, const Call& call) {
-  p.dtype == core::DataType::f64 ? call.template operator()<double>() : call.template operator()<float>();
-}
 
 void moments_any(const Problem& p, const Arguments& args, void* workspace, int64_t begin, int64_t end) {
   with_type(p, [&]<class S>() { moments<S>(p, args, workspace, begin, end); });
@@ -353,6 +266,11 @@ void finish_any(const Problem& p, const Arguments& args, void* workspace, int64_
 
 }  // namespace
 
-const PointwiseKernels pointwise_kernels = {moments_any, forward_any, backward_any, finish_any, product};
+const PointwiseKernels pointwise_kernels = {moments_any, forward_any, backward_any, finish_any};
+
+void pointwise_product(const double* a, bool transposed, const double* b, double* to, int64_t rows, int64_t columns,
+                       int64_t size) {
+  transposed ? product_of<true>(a, b, to, rows, columns, size) : product_of<false>(a, b, to, rows, columns, size);
+}
 
 }  // namespace deepops::DEEPOPS_ISA

@@ -202,7 +202,7 @@ class _ConvBNAct(nn.Module):
                 return f"fused: one op for fp32 and fp64 in channels_last, from 16 channels on; else {one_pass}"
             geometry = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
             if device == "cpu" and expands(self.conv.weight, *geometry, self.activation):
-                return f"fused: one op for fp32 and fp64 in channels_last, statistics by covariances; else {one_pass}"
+                return f"fused: one op for fp32 and fp64, statistics by covariances; else {one_pass}"
             return f"fused: {one_pass}"
         folded = "fused, by running statistics: one convolution with weights folded once"
         if any(parameter.requires_grad for parameter in self.bn.parameters()):
