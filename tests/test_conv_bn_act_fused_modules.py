@@ -99,6 +99,7 @@ def timed(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(deepops.backends, "conv", "auto")
     monkeypatch.setattr(_conv_choice, "timer", timer)
     monkeypatch.setattr(_conv_choice, "_measured", {})
+    monkeypatch.setattr(_conv_choice, "_left_to_torch", set())
     return times
 
 
@@ -513,6 +514,44 @@ def test_the_faster_way_is_taken_and_measuring_teaches_nothing(timed: dict[str, 
         assert results["bn.num_batches_tracked"] == 1
         step(ours, x, None)
         assert exact.calls == ["statistics"] * (once + 2 * (way == "fused"))
+
+
+def test_what_is_torchs_is_known_at_a_glance(
+    timed: dict[str, float], exact: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small networks on a GPU wait for Python: a call that goes torch's way anyway must not be looked at again."""
+    looked = []
+    look = _fused_conv.problem_of
+    monkeypatch.setattr(_fused_conv, "problem_of", lambda *arguments: looked.append(1) or look(*arguments))
+    timed["fused"] = 3.0
+    blocks = [make_block(4, 6, 3, groups=groups) for groups in (1, 2)]
+    for _ in range(3):
+        for block in blocks:
+            block.train()(data())
+            with torch.no_grad():
+                block.eval()(data())
+    assert len(looked) == 4
+    for changed in (data(3), data()[:, :, 1:].contiguous(memory_format=CHANNELS_LAST), data().bfloat16().float()):
+        blocks[0].train()(changed)
+    with torch.autocast("cpu", torch.bfloat16):
+        blocks[0](data())
+    conv_bn_act(data(), blocks[0].conv.weight, None, None, None, training=True, stride=[1, 2], padding=[0, 0])
+    assert len(looked) == 8  # the last of the three is nothing new
+    assert set(exact.calls) == {"eval", "statistics"}
+    count = len(exact.calls)
+    with deepops.backends.flags(conv="fused"):
+        blocks[0](data())
+    assert len(exact.calls) == count + 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        timed["fused"] = 1.0
+        _conv_choice.forget()
+        blocks[0](data())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(exact.calls) == count + 1
+    blocks[0](data())
+    assert len(exact.calls) > count + 1  # it was torch's for that time alone
 
 
 def test_the_choice_is_one_of_the_process(timed: dict[str, float], exact: Exact) -> None:
