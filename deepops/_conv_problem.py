@@ -24,7 +24,7 @@ COVERED = (
     "two spatial dimensions, one group, data in channels_last, a multiple of 8 channels in float16 or bfloat16 or up "
     "to 4 in these or float32, no process group, NVIDIA GPUs of compute capability 8.0 and newer"
 )
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything by their memory
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything by their memory
 _LEAST_CAPABILITY = (8, 0)
 _DIRECT_CHANNELS, _PACK = 4, 8  # as in csrc/conv_bn_act/conv_bn_act.h
 _MOST_PIXELS, _MOST_PER_SIDE = 2**31 - 1 - 4096, 2**24  # as in csrc/conv_bn_act/host.h
@@ -85,6 +85,9 @@ def problem_of(
 
 def not_covered(x: Tensor, conv_weight: Tensor, groups: int, in_group: bool) -> str:
     """What of a call the kernels do not cover; empty where they do."""
+    for tensor in (x, conv_weight):
+        if type(tensor) not in PLAIN:
+            return f"a tensor of class {type(tensor).__name__}"
     channels = x.size(1)
     if conv_weight.dim() != 4:
         return f"conv_weight of shape {list(conv_weight.shape)}"
@@ -98,8 +101,6 @@ def not_covered(x: Tensor, conv_weight: Tensor, groups: int, in_group: bool) -> 
         return f"x of strides {x.stride()}"
     if in_group:
         return "a process group"
-    if type(x) not in _PLAIN or type(conv_weight) not in _PLAIN:
-        return f"a tensor of class {(type(x) if type(x) not in _PLAIN else type(conv_weight)).__name__}"
     if channels > _DIRECT_CHANNELS and x.data_ptr() % 16:
         return "x that begins between 16-byte boundaries"
     return gpu_reason(x.device)

@@ -22,7 +22,7 @@ from deepops._autograd import Options as NormalizeOptions
 from deepops._batch_norm_act import Settings, after_training, dispatch, name_in_op
 from deepops._block import Statistics
 from deepops._checks import check_batch_norm, transforms_active
-from deepops._conv_problem import Geometry, Problem, Sizes, problem_of, sizes_of
+from deepops._conv_problem import PLAIN, Geometry, Problem, Sizes, problem_of, sizes_of
 from deepops._convolution import convolution
 from deepops._folding import scale_and_shift
 
@@ -159,10 +159,13 @@ class Call:
         """Look at everything that the answer depends on, beside the setting."""
         self.mode, self.smooth = mode, activation in ("silu", "gelu", "hardswish")
         self.arguments = (x, conv_weight, residual, geometry, in_group)
+        self.facts: tuple[object, ...] | None = None
+        if type(x) not in PLAIN or type(conv_weight) not in PLAIN:
+            return  # which may have no memory to ask about
         device = x.device
         self.facts = (
-            *(device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16, type(x)),
-            *(conv_weight.dtype, conv_weight.shape, conv_weight.stride(), type(conv_weight)),
+            *(device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16),
+            *(conv_weight.dtype, conv_weight.shape, conv_weight.stride()),
             *(tuple(value) if isinstance(value, list) else value for value in geometry),
             *(in_group, mode, self.smooth, None if residual is None else residual.dtype),
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
@@ -170,10 +173,10 @@ class Call:
 
     def problem(self) -> Problem | None:
         """What ``problem_of`` says; None at once where that, or the choice, is known to lead to torch's way."""
-        if backends.conv == "auto" and _conv_choice.is_left_to_torch(self.facts):
+        if self.facts is not None and backends.conv == "auto" and _conv_choice.is_left_to_torch(self.facts):
             return None
         problem = problem_of(*self.arguments)
-        if problem is None:
+        if problem is None and self.facts is not None:
             _conv_choice.leave_to_torch(self.facts)
         return problem
 
@@ -219,10 +222,13 @@ class ConvolutionWithStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, conv_weight)
         ctx.sizes = sizes
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of the statistics, two launches
         return z, mean, invstd
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, *_: Grad) -> tuple[Grad, ...]:
+    def backward(ctx: Any, grad_z: Grad, *_: Grad) -> tuple[Grad, ...]:
+        if grad_z is None:
+            return (None,) * 8
         x, conv_weight = ctx.saved_tensors
         stride, (top, bottom, left, right), dilation = ctx.sizes
         height, width = x.shape[2:]
