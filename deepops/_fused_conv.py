@@ -56,7 +56,7 @@ def evaluate(
     statistics: Statistics,
     geometry: Geometry,
     settings: Settings,
-    scaled: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    scaled: Callable[[], tuple[Tensor, ...]] | None = None,
     folded: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
     """``conv_bn_act`` by running statistics, without gradients.

@@ -53,6 +53,30 @@ def test_exactness_is_asked_of_optimizers() -> None:
     assert line.endswith("must round as the CPU does, but has fma.rn.f32")
 
 
+def test_tensor_cores_are_used_where_they_should_be() -> None:
+    tile = "Tile<128, 64, 64, 32, 4, 3>"
+    key = Key("conv_bn_act/conv_bn_act_cuda.cu", f"implicit_gemm<Half, {tile}, (ConvResult)0, true>", 80)
+    kernel = dataclasses.replace(FINE, tensor_core=("HMMA", "LDGSTS"))
+    (line,) = gate.judge({key: kernel}, {key: LIMITS})
+    assert line.endswith("has no LDSM")
+    older = dataclasses.replace(key, arch=75)
+    assert gate.judge({older: FINE}, {older: LIMITS}) == []
+    assert compiled.dynamic_shared(key.kernel) == 4 * (128 + 64) * 64
+    assert compiled.dynamic_shared("direct_convolution<float, (ConvResult)0>") == 41600
+    assert compiled.dynamic_shared("forward<float>") == 0
+
+
+def test_instructions_of_tensor_cores_are_found() -> None:
+    sass = """
+\t.section .text.k,"ax",@progbits
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R4], [R8.64], P4 ;
+        /*0020*/              @!P6 LDSM.16.M88.4 R8, [R10] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0040*/                   LDG.E.128 R4, [R2.64] ;
+"""
+    assert compiled.accesses(sass) == {"k": {"loads_16": 2, "LDGSTS": 1, "LDSM": 1, "HMMA": 1}}
+
+
 def test_budget_and_kernels_must_match() -> None:
     other = dataclasses.replace(KEY, kernel="gone<float>")
     forward, gone = gate.judge({KEY: FINE}, {other: LIMITS})
@@ -216,9 +240,9 @@ def test_the_sources_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
     assert lint.main([]) == 0, capsys.readouterr().out
 
 
-def test_only_two_files_may_say_what_they_say(tmp_path: Path) -> None:
+def test_only_three_files_may_say_what_they_say(tmp_path: Path) -> None:
     (tmp_path / "core").mkdir()
-    for name, count in (("gpu.cuh", 0), ("host_device.h", 1), ("other.h", 2)):
+    for name, count in (("gpu.cuh", 0), ("tensor_core.cuh", 0), ("host_device.h", 1), ("other.h", 2)):
         path = tmp_path / "core" / name
         path.write_text("__host__ __device__ int f();\n__syncthreads();\n")
         assert len({entry.split(":")[1] for entry in lint.findings(path, tmp_path)}) == count

@@ -57,16 +57,16 @@ struct ColumnThreads {
 
 // Adds value - center and its square over the rows of this thread. A few terms at a time are added up in single
 // precision, unless that is too coarse (`exact`: the tile is all there is, and small) or overflows.
-template <class Threads, int kPitch, class Rows>
-DEEPOPS_DEVICE void add_differences(const gpu::Shared<float>& tile, const Rows& rows, float center, bool exact,
-                                    double& sum, double& squares) {
+template <class Threads, int kPitch, class T, class Rows>
+DEEPOPS_DEVICE void add_differences(const gpu::Shared<T>& tile, const Rows& rows, float center, bool exact, double& sum,
+                                    double& squares) {
   constexpr int kTerms = 8;
   const auto terms = [&]<class S>(int first, S& a, S& b) {
 #pragma unroll
     for (int i = 0; i < kTerms; ++i) {
       const int row = first + i * Threads::kParts;
       if (row >= Rows::kRows || !rows.has(row)) continue;
-      const S d = S(tile.load(row * kPitch + Threads::column())) - S(center);
+      const S d = S(gpu::widen(tile.load(row * kPitch + Threads::column()))) - S(center);
       a += d;
       b += d * d;
     }
@@ -85,15 +85,15 @@ DEEPOPS_DEVICE void add_differences(const gpu::Shared<float>& tile, const Rows& 
   }
 }
 
-template <int kPitch, class Threads, class Rows>
-DEEPOPS_DEVICE Moments tile_moments(const Threads& threads, const gpu::Shared<float>& tile, const Rows& rows,
-                                    bool exact) {
+template <int kPitch, class Threads, class T, class Rows>
+DEEPOPS_DEVICE Moments tile_moments(const Threads& threads, const gpu::Shared<T>& tile, const Rows& rows, bool exact) {
   const double per_count = 1 / double(rows.count(rows.tile()));
-  float center = tile.load(Threads::column());  // row 0 is always there
+  float center = gpu::widen(tile.load(Threads::column()));  // row 0 is always there
   double offset = 0, square = 0;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
-    center = float(double(center) + offset);
+    // On the grid of the data, differences have few bits: their sums are hardly rounded.
+    center = gpu::widen(gpu::narrow<T>(float(double(center) + offset)));
     if (!(center - center == 0)) center = 0;  // not finite: any value does, and NaN or infinity comes from the sums
     double sum = 0, squares = 0;
     add_differences<Threads, kPitch>(tile, rows, center, exact, sum, squares);
@@ -134,10 +134,10 @@ DEEPOPS_DEVICE void store_statistics(const ColumnStatistics& args, int column, c
   args.running.learn(column, {all.mean, all.variance}, all.count / (all.count - 1), factor);
 }
 
-// tile: the values as they are stored, with kPitch floats from row to row; complete, with a barrier after. All threads
+// tile: the values as they are stored, with kPitch of them from row to row; complete, with a barrier after. All threads
 // of the block must call. columns: of the matrix.
-template <int kThreads, int kColumns, int kPitch, class Rows>
-DEEPOPS_DEVICE void column_statistics(const ColumnStatistics& args, const gpu::Shared<float>& tile, const Rows& rows,
+template <int kThreads, int kColumns, int kPitch, class T, class Rows>
+DEEPOPS_DEVICE void column_statistics(const ColumnStatistics& args, const gpu::Shared<T>& tile, const Rows& rows,
                                       int first_column, int columns) {
   using Threads = ColumnThreads<kThreads, kColumns>;
   constexpr int64_t kExactBelow = 256;  // values per column: above, roundings of single terms average out

@@ -106,17 +106,19 @@ DEEPOPS_DEVICE void load_patch(const ConvArguments<T>& args, const DirectTiles& 
   const auto patch = gpu::dynamic_shared<float>();
   const int first_y = rows.first_y * p.stride_y - p.top + step.r * p.dilation_y;
   const int first_x = rows.first_x * p.stride_x - p.left + step.s * p.dilation_x;
-  const int values = tiles.patch_width * p.channels;
-#pragma unroll 1
-  for (int row = gpu::warp(); row < tiles.patch_height; row += DirectTiles::kThreads / gpu::kWarp) {
-    const int y = first_y + row * tiles.unit_y;
-    const T* const from = args.x + (int64_t(rows.image) * p.height + y) * p.width * p.channels;
+  const int values = tiles.patch_width * p.channels;  // of a row
+  const int next_row = DirectTiles::kThreads / values, next = DirectTiles::kThreads % values;
+  int row = gpu::thread() / values, at = gpu::thread() % values;
 #pragma unroll 2
-    for (int i = gpu::lane(); i < values; i += gpu::kWarp) {
-      const int x = first_x + i / p.channels * tiles.unit_x;
-      const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-      patch.store(row * values + i, inside ? gpu::widen(gpu::load(from + x * p.channels + i % p.channels)) : 0.0f);
-    }
+  for (int i = gpu::thread(); i < tiles.patch_height * values; i += DirectTiles::kThreads) {
+    const int column = tiles.unit_x == 1 ? 0 : at / p.channels * (tiles.unit_x - 1);  // of x, but for at / C
+    const int y = first_y + row * tiles.unit_y, from = (first_x + column) * p.channels + at;
+    const bool inside = y >= 0 && y < p.height && from >= 0 && from < p.width * p.channels;
+    const int64_t first = (int64_t(rows.image) * p.height + y) * p.width * p.channels;
+    patch.store(i, inside ? gpu::widen(gpu::load(args.x + first + from)) : 0.0f);
+    row += next_row;
+    at += next;
+    if (at >= values) at -= values, ++row;
   }
 }
 
@@ -142,26 +144,39 @@ struct DirectSums {
 #pragma unroll 1
     for (int term = 0; term < depth; ++term) {
       const int offset = offsets.load(tiles.offsets_at() + term);
-      float weight[V];
+      gpu::Pack<float> weight[V / 4];
 #pragma unroll
-      for (int i = 0; i < V; i += 4) {
-        const int from = tiles.filter_at() + filter_slot(term, pack() * (V / 4) + i / 4);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) weight[i + k] = memory.load(from + k);
-      }
+      for (int i = 0; i < V / 4; ++i)
+        weight[i] = memory.load_pack(tiles.filter_at() + filter_slot(term, pack() * (V / 4) + i));
 #pragma unroll
       for (int j = 0; j < kPixels; ++j) {
         const float x = memory.load(at[j] + offset);
 #pragma unroll
-        for (int i = 0; i < V; ++i) value[j][i] = DEEPOPS_LIBM(fmaf)(x, weight[i], value[j][i]);
+        for (int i = 0; i < V; ++i) value[j][i] = DEEPOPS_LIBM(fmaf)(x, weight[i / 4].value[i % 4], value[j][i]);
       }
     }
   }
 
-  DEEPOPS_DEVICE void store() const {
-    const auto tile = gpu::dynamic_shared<float>();
+  // As floats, with the epilogue's pad, or rounded to T, without: eight neighbouring threads fill the 32 banks.
+  template <ConvResult kind>
+  DEEPOPS_DEVICE void finish(const ConvArguments<T>& args, const DirectRows& rows, int first_column) const {
+    constexpr int kThreads = DirectTiles::kThreads, kColumns = DirectTiles::kColumns;
+    if constexpr (kind == ConvResult::evaluation) {
+      const auto tile = gpu::dynamic_shared<float>();
 #pragma unroll
-    for (int j = 0; j < kPixels; ++j) store_sums(tile, pixel(j) * DirectTiles::kPitch + pack() * V, value[j]);
+      for (int j = 0; j < kPixels; ++j) store_sums(tile, pixel(j) * DirectTiles::kPitch + pack() * V, value[j]);
+      evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
+    } else {
+      const auto tile = gpu::dynamic_shared<T>();
+#pragma unroll
+      for (int j = 0; j < kPixels; ++j) {
+        gpu::Pack<T> rounded;
+#pragma unroll
+        for (int i = 0; i < V; ++i) rounded.value[i] = gpu::narrow<T>(value[j][i]);
+        tile.store_pack(pixel(j) * kColumns + pack() * V, rounded);
+      }
+      keep_tile<T, kThreads, kColumns, kColumns>(args, tile, rows, first_column);
+    }
   }
 };
 
@@ -191,9 +206,7 @@ direct_convolution(ConvArguments<T> args, DirectTiles tiles) {
       }
     }
     gpu::barrier();
-    sums.store();
-    finish_rows<T, kind, DirectTiles::kThreads, DirectTiles::kColumns>(args, gpu::dynamic_shared<float>(), rows,
-                                                                       first_column);
+    sums.template finish<kind>(args, rows, first_column);
   }
 }
 

@@ -1,7 +1,8 @@
 // What both kernels of conv_bn_act do with a tile of finished sums: from shared memory to y.
 //
-// A tile is [rows][kColumns + kTilePad] floats. The pad keeps accesses of the same columns in neighbouring rows on
-// different banks. A thread takes one pack of 16 bytes of y at a time, always of the same columns.
+// A tile is [rows][kColumns], with a pad after each row that keeps the same columns of neighbouring rows on different
+// banks: sums as floats or, where statistics are taken, as they are stored in y. A thread takes one pack of 16 bytes of
+// y at a time, always of the same columns.
 #pragma once
 #include "conv_bn_act/column_statistics.cuh"
 #include "core/gpu.cuh"
@@ -69,22 +70,46 @@ struct OutputPack {
   }
 };
 
-// V neighbouring sums of a tile.
+// V neighbouring sums of a tile, by packs of 4. Of 8, every lane would have the same four of all eight places that make
+// up the 32 banks: so half of the eight lanes that are served at once begin with the second pack. (Values are chosen,
+// not indices: registers have none.)
 template <int V>
 DEEPOPS_DEVICE void load_sums(const gpu::Shared<float>& tile, int at, float (&to)[V]) {
+  static_assert(V == 4 || V == 8);
+  if constexpr (V == 4) {
+    const gpu::Pack<float> pack = tile.load_pack(at);
 #pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = tile.load(at + i);
+    for (int i = 0; i < 4; ++i) to[i] = pack.value[i];
+  } else {
+    const bool turned = gpu::lane() & 4;
+    const gpu::Pack<float> first = tile.load_pack(turned ? at + 4 : at), second = tile.load_pack(turned ? at : at + 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float one = first.value[i], other = second.value[i];
+      to[i] = turned ? other : one;
+      to[i + 4] = turned ? one : other;
+    }
+  }
 }
 template <int V>
 DEEPOPS_DEVICE void store_sums(const gpu::Shared<float>& tile, int at, const float (&from)[V]) {
+  static_assert(V == 4 || V == 8);
+  const bool turned = V == 8 && gpu::lane() & 4;
+  gpu::Pack<float> first, second;
 #pragma unroll
-  for (int i = 0; i < V; ++i) tile.store(at + i, from[i]);
+  for (int i = 0; i < 4; ++i) {
+    const float one = from[i], other = from[i + V - 4];
+    first.value[i] = turned ? other : one;
+    second.value[i] = turned ? one : other;
+  }
+  tile.store_pack(turned ? at + 4 : at, first);
+  if constexpr (V == 8) tile.store_pack(turned ? at : at + 4, second);
 }
 
 // ---- a tile ---------------------------------------------------------------------------------------------------------
 
 // each(pack, at) of this thread's share of a tile: a pack of y, and where its sums are.
-template <class T, int kThreads, int kColumns, class Rows, class Each>
+template <class T, int kThreads, int kColumns, int kPitch, class Rows, class Each>
 DEEPOPS_DEVICE void for_packs(const Rows& rows, int first_column, int columns, const Each& each) {
   constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V;
   static_assert(kThreads % kPacks == 0);
@@ -94,24 +119,32 @@ DEEPOPS_DEVICE void for_packs(const Rows& rows, int first_column, int columns, c
   for (int row = gpu::thread() / kPacks; row < Rows::kRows; row += kThreads / kPacks) {
     if (!rows.has(row)) continue;
     const OutputPack<T> pack{int64_t(rows.pixel(row)) * columns + column, columns - column, columns % V == 0};
-    each(pack, row * (kColumns + kTilePad) + in_tile);
+    each(pack, row * kPitch + in_tile);
   }
 }
 
+// In both: a tile has kPitch elements from row to row, and first_column is a multiple of kColumns. All threads of the
+// block must call, after each has stored its part of the tile; columns behind the last may hold anything. Where the
+// tile lies may be written again after a barrier.
+
 // y = act(sum * scale + shift + residual)
-template <class T, int kThreads, int kColumns, class Rows>
+template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
 DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
                                   int first_column) {
   constexpr int V = gpu::Pack<T>::kSize;
-  const int columns = args.problem.out_channels, column = first_column + gpu::thread() % (kColumns / V) * V;
-  float scale[V] = {}, shift[V] = {};
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (column + i >= columns) continue;
-    scale[i] = gpu::load(args.scale + column + i);
-    shift[i] = gpu::load(args.shift + column + i);
+  const int columns = args.problem.out_channels, in_tile = gpu::thread() % (kColumns / V) * V;
+  DEEPOPS_SHARED(float, affine, 2 * kColumns);
+#pragma unroll 1
+  for (int i = gpu::thread(); i < kColumns; i += kThreads) {
+    const bool there = first_column + i < columns;
+    affine.store(i, there ? gpu::load(args.scale + first_column + i) : 0.0f);
+    affine.store(kColumns + i, there ? gpu::load(args.shift + first_column + i) : 0.0f);
   }
-  for_packs<T, kThreads, kColumns>(rows, first_column, columns, [&](const OutputPack<T>& pack, int at) {
+  gpu::barrier();
+  float scale[V], shift[V];
+  load_sums(affine, in_tile, scale);
+  load_sums(affine, kColumns + in_tile, shift);
+  for_packs<T, kThreads, kColumns, kPitch>(rows, first_column, columns, [&](const OutputPack<T>& pack, int at) {
     float z[V];
     load_sums(tile, at, z);
 #pragma unroll
@@ -132,49 +165,27 @@ DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Share
   });
 }
 
-// y = sum; what was stored takes the place of the sums.
-template <class T, int kThreads, int kColumns, class Rows>
-DEEPOPS_DEVICE void round_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
-                               int first_column) {
-  constexpr int V = gpu::Pack<T>::kSize;
-  for_packs<T, kThreads, kColumns>(rows, first_column, args.problem.out_channels,
-                                   [&](const OutputPack<T>& pack, int at) {
-                                     float z[V];
-                                     load_sums(tile, at, z);
-                                     gpu::Pack<T> y;
-#pragma unroll
-                                     for (int i = 0; i < V; ++i) {
-                                       y.value[i] = gpu::narrow<T>(z[i]);
-                                       z[i] = gpu::widen(y.value[i]);
-                                     }
-                                     pack.store(args.y, y);
-                                     if constexpr (sizeof(T) < sizeof(float)) store_sums(tile, at, z);
-                                   });
+// y = sum, which the tile holds rounded to T, and its statistics.
+template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
+DEEPOPS_DEVICE void keep_tile(const ConvArguments<T>& args, const gpu::Shared<T>& tile, const Rows& rows,
+                              int first_column) {
+  const int columns = args.problem.out_channels;
+  gpu::barrier();
+  for_packs<T, kThreads, kColumns, kPitch>(
+      rows, first_column, columns, [&](const OutputPack<T>& pack, int at) { pack.store(args.y, tile.load_pack(at)); });
+  column_statistics<kThreads, kColumns, kPitch>(args.statistics, tile, rows, first_column, columns);
 }
 
-// Brings the tile whose first column is `first_column`, a multiple of kColumns, to y. All threads of the block must
-// call, after each has stored its sums; columns behind the last may hold anything. Where the tile lies may be written
-// again after a barrier.
-template <class T, ConvResult kind, int kThreads, int kColumns, class Rows>
-DEEPOPS_DEVICE void finish_rows(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
+// Either, for kRows consecutive output pixels from first_row on, a multiple of kRows; tile: of float or of T.
+template <class T, ConvResult kind, int kThreads, int kRows, int kColumns, class S>
+DEEPOPS_DEVICE void finish_tile(const ConvArguments<T>& args, const gpu::Shared<S>& tile, int first_row,
                                 int first_column) {
-  gpu::barrier();
+  const ConsecutiveRows<kRows> rows{first_row, args.problem.rows()};
   if constexpr (kind == ConvResult::evaluation) {
     evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
   } else {
-    round_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
-    gpu::barrier();
-    column_statistics<kThreads, kColumns, kColumns + kTilePad>(args.statistics, tile, rows, first_column,
-                                                               args.problem.out_channels);
+    keep_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
   }
-}
-
-// The same for kRows consecutive output pixels from first_row on, a multiple of kRows.
-template <class T, ConvResult kind, int kThreads, int kRows, int kColumns>
-DEEPOPS_DEVICE void finish_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, int first_row,
-                                int first_column) {
-  const ConsecutiveRows<kRows> rows{first_row, args.problem.rows()};
-  finish_rows<T, kind, kThreads, kColumns>(args, tile, rows, first_column);
 }
 
 }  // namespace deepops::isa_gpu

@@ -7,34 +7,11 @@
 #include <optional>
 
 #include "conv_bn_act/direct.cuh"
-#include "core/allocate.h"
+#include "conv_bn_act/gemm_launches.h"
+#include "conv_bn_act/workspace.h"
 #include "core/gpu_arguments.h"
 
 namespace deepops::isa_gpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Workspace of the statistics of so many tiles, in memory that lives as long as the result. Tiles: of kRows output
-// pixels (or fewer) and kColumns channels.
-inline Tensor give_memory(ColumnStatistics& args, int row_tiles, int column_tiles, int columns, const Tensor& like,
-                          gpu::Stream stream) {
-  constexpr int kFewTiles = 64;  // are merged by one block
-  args.row_tiles = row_tiles;
-  args.column_tiles = column_tiles;
-  args.log_group = 0;
-  while ((int64_t(1) << args.log_group) < std::min(row_tiles, kFewTiles) ||
-         (int64_t(1) << 2 * args.log_group) < row_tiles)
-    ++args.log_group;
-  const int64_t groups = args.groups(), counters = (groups + 1) * column_tiles + 1;
-  const int64_t values = int64_t(columns) * (2 * int64_t(row_tiles) + 3 * groups);
-  const Tensor memory = core::empty_vector(values + up(counters, 2), ScalarType::Double, like);
-  args.partial = static_cast<double*>(memory.mutable_data_ptr());
-  args.merged = args.partial + int64_t(columns) * 2 * row_tiles;
-  args.arrived = reinterpret_cast<unsigned*>(args.partial + values);
-  gpu::zero(args.arrived, size_t(counters) * sizeof(unsigned), stream);
-  return memory;
-}
 
 // ---- direct.cuh -----------------------------------------------------------------------------------------------------
 
@@ -47,7 +24,7 @@ struct PatchSide {
 };
 
 inline DirectTiles direct_tiles_of(const ConvProblem& p) {
-  constexpr int kMostBlocks = 2048;  // more do not fill a device better: they share filters instead
+  constexpr int kMostBlocks = 1024;  // more do not fill a device better: they share filters instead
   DirectTiles t{};
   t.tiles_y = int(up(p.out_height, DirectTiles::kHeight));
   t.tiles_x = int(up(p.out_width, DirectTiles::kWidth));
@@ -87,8 +64,7 @@ void launch_direct(ConvArguments<T> args, const Tensor& x, gpu::Stream stream) {
 template <class T, ConvResult kind>
 void launch_convolution(const ConvArguments<T>& args, const Tensor& x, gpu::Stream stream) {
   if (args.problem.direct()) return launch_direct<T, kind>(args, x, stream);
-  // Here goes launch_implicit_gemm<T, kind>(args, x, stream), for core::Half and core::BFloat16.
-  STD_TORCH_CHECK(false, "conv_bn_act: more than 4 channels are not supported yet");
+  if constexpr (sizeof(T) == 2) return launch_implicit_gemm<T, kind>(args, x, stream);  // host.h refuses the rest
 }
 
 }  // namespace deepops::isa_gpu

@@ -28,7 +28,9 @@ struct ConvOutputLayout {
 };
 
 inline void check_conv_data(const Tensor& x, const Tensor& conv_weight, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 4 && is_channels_last(x), op, ": x must be [N, C, H, W], channels_last");
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be [N, C, H, W], channels_last");
+  STD_TORCH_CHECK(x.numel() > 0 || x.size(0) == 0, op, ": images of x are empty");
+  STD_TORCH_CHECK(is_channels_last(x), op, ": x must be [N, C, H, W], channels_last");
   core::check_same_device(conv_weight, x, op, "conv_weight");
   STD_TORCH_CHECK(conv_weight.dim() == 4 && is_channels_last(conv_weight), op,
                   ": conv_weight must be [K, C, R, S], channels_last");
@@ -36,7 +38,6 @@ inline void check_conv_data(const Tensor& x, const Tensor& conv_weight, const ch
   STD_TORCH_CHECK(conv_weight.size(1) == x.size(1), op, ": x has ", x.size(1), " channels, conv_weight is for ",
                   conv_weight.size(1), "; groups are not supported");
   STD_TORCH_CHECK(conv_weight.numel() > 0, op, ": conv_weight is empty");
-  STD_TORCH_CHECK(x.numel() > 0 || x.size(0) == 0, op, ": images of x are empty");
   const core::DataType type = core::data_type_of(x, op, "x");
   const int64_t channels = x.size(1);
   const bool direct = channels <= ConvProblem::kDirectChannels;

@@ -1,4 +1,4 @@
-// The portability layer of the GPU kernels: the only file that knows whether it is CUDA.
+// The portability layer of the GPU kernels: with tensor_core.cuh the only file that knows whether it is CUDA.
 //
 // nvcc compiles the .cu files for the GPU. With DEEPOPS_SIMT, g++ compiles the very same files, launch code included,
 // for the executor in tests/simt, which runs one fiber per CUDA thread on CPU tensors and checks and counts what the
@@ -32,13 +32,22 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
+#include <set>
 #include <tuple>
+#include <utility>
 #endif
 
 namespace deepops::gpu {
 
 constexpr int kWarp = 32;
 constexpr int kPackBytes = 16;
+
+// 16 bytes of T, which move in one instruction.
+template <class T>
+struct alignas(kPackBytes) Pack {
+  static constexpr int kSize = kPackBytes / int(sizeof(T));
+  T value[kSize];
+};
 
 // ---- what differs: nvcc ---------------------------------------------------------------------------------------------
 
@@ -104,11 +113,18 @@ DEEPOPS_DEVICE T shuffle(T value, int source_lane, Here = DEEPOPS_HERE) {
 DEEPOPS_DEVICE unsigned ballot(bool condition, Here = DEEPOPS_HERE) { return __ballot_sync(0xffffffffu, condition); }
 
 // DEEPOPS_SHARED(T, name, n): an array of n T shared by the block, uninitialised; name.load(i), name.store(i, value).
+// i of a pack: of its first element, on a 16-byte boundary.
 template <class T>
 struct Shared {
   T* data;
   DEEPOPS_DEVICE T load(int i, Here = DEEPOPS_HERE) const { return data[i]; }
   DEEPOPS_DEVICE void store(int i, T value, Here = DEEPOPS_HERE) const { data[i] = value; }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here = DEEPOPS_HERE) const {
+    return __builtin_bit_cast(Pack<T>, *reinterpret_cast<const Bits16*>(data + i));
+  }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here = DEEPOPS_HERE) const {
+    *reinterpret_cast<Bits16*>(data + i) = __builtin_bit_cast(Bits16, pack);
+  }
 };
 #define DEEPOPS_SHARED(T, name, n)                \
   __shared__ __align__(16) T name##_in_shared[n]; \
@@ -147,13 +163,18 @@ class Device {
   Stream stream_;
 };
 
-// Of the current device: 8 for all of 8.x.
-inline int major_capability() {
-  int device = 0, major = 0;
+namespace detail {
+inline int attribute(cudaDeviceAttr which) {  // of the current device
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
-  return major;
+  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
 }
+}  // namespace detail
+
+// Of the current device: 8 for all of 8.x.
+inline int major_capability() { return detail::attribute(cudaDevAttrComputeCapabilityMajor); }
+inline int multiprocessors() { return detail::attribute(cudaDevAttrMultiProcessorCount); }
 
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads. name: for error messages and the executor's
 // counts.
@@ -220,6 +241,20 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
   }
   check(error, name);
   return true;
+}
+
+// launch() with dynamic shared memory: more than the 48 KiB that every block may have, too.
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  thread_local std::set<std::pair<const void*, int>> prepared;
+  if (prepared.insert({reinterpret_cast<const void*>(kernel), device}).second) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
+  }
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 // In the order of the stream.
@@ -329,15 +364,23 @@ DEEPOPS_DEVICE unsigned ballot(bool condition, Here here = DEEPOPS_HERE) { retur
 template <class T>
 struct Shared {
   ::simt::SharedArray array;
-  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const {
-    const void* p = ::simt::shared_access(array, i, sizeof(T), false, here);
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
+  DEEPOPS_DEVICE T load(int i, Here here = DEEPOPS_HERE) const { return read<T>(i, here); }
+  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const { write(i, value, here); }
+  DEEPOPS_DEVICE Pack<T> load_pack(int i, Here here = DEEPOPS_HERE) const { return read<Pack<T>>(i, here); }
+  DEEPOPS_DEVICE void store_pack(int i, const Pack<T>& pack, Here here = DEEPOPS_HERE) const { write(i, pack, here); }
+
+ private:
+  template <class V>
+  V read(int i, Here here) const {
+    const void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::load, here);
+    V value;
+    __builtin_memcpy(&value, p, sizeof(V));
     return value;
   }
-  DEEPOPS_DEVICE void store(int i, T value, Here here = DEEPOPS_HERE) const {
-    void* p = ::simt::shared_access(array, i, sizeof(T), true, here);
-    __builtin_memcpy(p, &value, sizeof(T));
+  template <class V>
+  void write(int i, const V& value, Here here) const {
+    void* p = ::simt::shared_access(array, i, sizeof(T), sizeof(V), ::simt::Shared::store, here);
+    __builtin_memcpy(p, &value, sizeof(V));
   }
 };
 // Its key: the address of a static variable, of which every instantiation of a template has its own.
@@ -371,6 +414,7 @@ class Device {
   Stream stream() const { return 0; }
 };
 inline int major_capability() { return 8; }
+inline int multiprocessors() { return int(::simt::residency(1).blocks); }  // 0 where none are pretended
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, Stream, A... arguments) {
@@ -388,6 +432,12 @@ bool launch_on_chip(const char* name, void (*kernel)(P...), int64_t blocks, int 
                     Stream, A... arguments) {
   ::simt::launch(name, blocks, threads, [&] { kernel(arguments...); }, size_t(bytes), together);
   return true;
+}
+
+template <class... P, class... A>
+void launch_with_shared(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t bytes,
+                        Stream stream, A... arguments) {
+  launch_on_chip(name, kernel, blocks, threads, bytes, false, stream, arguments...);
 }
 
 inline void zero(void* data, size_t bytes, Stream) { ::simt::zero(data, bytes); }
@@ -422,13 +472,6 @@ inline torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
 
 DEEPOPS_DEVICE int lane() { return thread() % kWarp; }
 DEEPOPS_DEVICE int warp() { return thread() / kWarp; }
-
-// 16 bytes of T, which move in one instruction.
-template <class T>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / int(sizeof(T));
-  T value[kSize];
-};
 
 // Global memory. p of a pack: on a 16-byte boundary.
 template <class T>

@@ -20,6 +20,10 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 
 
+# What a kernel on tensor cores is made of: products, matrices from shared memory, asynchronous copies to it.
+TENSOR_CORE = ("HMMA", "LDSM", "LDGSTS")
+
+
 class GateError(Exception):
     """The gate could not look: no compiler, a source that does not compile."""
 
@@ -47,6 +51,7 @@ class Kernel:
     stores_16: int
     stores_narrow: int
     inexact: tuple[str, ...]  # PTX instructions that an exact kernel may not have
+    tensor_core: tuple[str, ...] = ()  # which of TENSOR_CORE it has
     blocks_per_sm: int = 0
 
 
@@ -132,7 +137,10 @@ def resources(ptxas: str) -> dict[str, dict[str, int]]:
 
 
 def accesses(sass: str) -> dict[str, Counter[str]]:
-    """Accesses of global memory by mangled name, counted as loads_16, loads_narrow, stores_16, stores_narrow."""
+    """Accesses of global memory by mangled name, counted as loads_16, loads_narrow, stores_16, stores_narrow.
+
+    And instructions of ``TENSOR_CORE``, by their names.
+    """
     found: dict[str, Counter[str]] = {}
     name = ""
     for line in sass.splitlines():
@@ -144,7 +152,24 @@ def accesses(sass: str) -> dict[str, Counter[str]]:
             kind = "loads" if match[1].startswith("LD") else "stores"
             wide = {"128", "256"} & set(match[2].split("."))
             found[name][f"{kind}_{'16' if wide else 'narrow'}"] += 1
+        if name and (match := re.search(rf"\*/\s+(?:@!?U?P[0-6]\s+)?({'|'.join(TENSOR_CORE)})\b", line)):
+            found[name][match[1]] += 1
     return found
+
+
+def dynamic_shared(kernel: str) -> int:
+    """Bytes of shared memory that a kernel is launched with, where its short name tells.
+
+    >>> dynamic_shared("implicit_gemm<Half, Tile<128, 64, 64, 32, 4, 3>, (ConvResult)0, true>")
+    49152
+    """
+    if kernel.startswith("direct_convolution<"):
+        return 4 * (8 * 16 * 40 + 160 * 33)  # the most, as DirectTiles::words() in csrc/conv_bn_act/direct.cuh
+    tile = re.search(r"\bTile<(\d+), (\d+), \d+, \d+, (\d+), \d+>", kernel)
+    if not tile:
+        return 0
+    rows, columns, stages = map(int, tile.groups())
+    return 2 * stages * (rows + columns) * 32  # as Tile::kBytes in csrc/conv_bn_act/gemm_tiles.h
 
 
 def ptx_facts(ptx: str) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -191,7 +216,9 @@ def compile_one(source: Path, name: str, arch: int) -> dict[Key, Kernel]:
             raise GateError(f"{name}: two kernels have the short name {key.kernel}")
         threads, inexact = facts[mangled]
         counts = {kind: code[mangled][kind] for kind in ("loads_16", "loads_narrow", "stores_16", "stores_narrow")}
-        found[key] = Kernel(threads, inexact=inexact, **used[mangled], **counts)
+        used[mangled]["shared"] += dynamic_shared(key.kernel)
+        tensor_core = tuple(name for name in TENSOR_CORE if code[mangled][name])
+        found[key] = Kernel(threads, inexact=inexact, tensor_core=tensor_core, **used[mangled], **counts)
     return found
 
 

@@ -6,6 +6,7 @@ kernel with its line in ``budget.csv``. It fails, with one line for each violati
 - a kernel spills registers, or has a stack frame that its budget does not allow;
 - it uses more registers, or fits fewer blocks on a multiprocessor, than its budget says;
 - it has fewer 16-byte accesses of global memory, or more narrower ones, than its budget says;
+- it is one of ``GEMM`` and lacks tensor-core products, loads of matrices or asynchronous copies;
 - it belongs to an optimizer (``csrc/optim``) and its PTX has an instruction that rounds in other ways than the CPU
   kernels do: ``fma``, ``.approx``, ``.ftz``;
 - it has no line in the budget, or a line has no kernel.
@@ -23,12 +24,14 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from cuda_gate.compiled import CSRC, GateError, Kernel, Key, find_tool, measure
+from cuda_gate.compiled import CSRC, TENSOR_CORE, GateError, Kernel, Key, find_tool, measure
 
 BUDGET = Path(__file__).parent / "budget.csv"
 ARCHS = (80, 90, 100)
 ALL_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 EXACT = "optim/"  # files below it promise the bits of the CPU kernels
+GEMM = "implicit_gemm<"  # kernels that begin so work on tensor cores
+OLDEST_GEMM_ARCH = 80
 REGISTER_UNIT = 8  # a thread gets its registers in multiples of this
 
 
@@ -92,6 +95,8 @@ def violations(key: Key, kernel: Kernel, limits: Budget | None) -> list[str]:
         wrong.append("has no launch bounds: declare it with DEEPOPS_KERNEL(threads)")
     if key.file.startswith(EXACT) and kernel.inexact:
         wrong.append(f"must round as the CPU does, but has {', '.join(kernel.inexact)}")
+    if key.kernel.startswith(GEMM) and key.arch >= OLDEST_GEMM_ARCH:
+        wrong += [f"has no {name}" for name in TENSOR_CORE if name not in kernel.tensor_core]
     if limits is None:
         return [*wrong, "has no line in the budget (--update writes it)"]
     most = {"registers": "registers", "stack": "bytes of stack", "loads_narrow": "loads narrower than 16 bytes",

@@ -1,12 +1,13 @@
 // The executor's own test: small kernels of the kinds the project has, each with planted bugs chosen at run time.
 //
-//   simt_selftest BUG [in_order|reverse|random SEED] [counts]
+//   simt_selftest [BUG [in_order|reverse|random SEED] [counts]]
 //
-// Prints what it found. Exit status: 0 clean, 1 wrong values, 2 the executor stopped the kernel, 3 counts out of
-// budget; a sanitizer has its own. tests/simt/test_selftest.py has the table of who must catch what.
+// Prints what it found; without arguments, the names of all bugs. Exit status: 0 clean, 1 wrong values, 2 the executor
+// stopped the kernel, 3 counts out of budget; a sanitizer has its own. tests/simt/test_selftest.py has the table of who
+// must catch what.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,91 +16,23 @@
 
 namespace deepops::isa_gpu {
 
-enum class Bug : int {
-  none,
-  missing_barrier,
-  missing_second_barrier,
-  barrier_in_branch,
-  different_barriers,
-  returns_before_barrier,
-  lane_returns_before_shuffle,
-  shuffle_in_branch,
-  lanes_at_different_shuffles,
-  wrong_shuffle_mask,
-  shared_out_of_bounds,
-  shared_uninitialised,
-  shared_race_in_warp,
-  too_much_shared_memory,
-  store_past_end,
-  load_past_end,
-  missing_tail,
-  misaligned_pack,
-  index_overflow,
-  blocks_share_an_output,
-  plain_counter,
-  missing_fence,
-  missing_first_fence,
-  missing_second_fence,
-  stale_load,
-  not_the_last_block,
-  counter_not_zeroed,
-  order_of_arrival,
-  scalar_accesses,
-  strided_accesses,
-  bank_conflicts,
-  partial_warp,
-  missing_signal,
-  too_few_signals,
-  not_together,
-  missing_second_meeting,
-  missing_meeting,
-  plain_load_after_signal,
-  signal_without_fence,
-  dynamic_out_of_bounds,
-  count
-};
+// An enumeration, and what it enumerates as text: "none, missing_barrier, ..."
+#define NAMED_ENUM(type, ...)            \
+  enum class type : int { __VA_ARGS__ }; \
+  const char* const kNames = #__VA_ARGS__
 
-const char* const kNames[] = {"none",
-                              "missing_barrier",
-                              "missing_second_barrier",
-                              "barrier_in_branch",
-                              "different_barriers",
-                              "returns_before_barrier",
-                              "lane_returns_before_shuffle",
-                              "shuffle_in_branch",
-                              "lanes_at_different_shuffles",
-                              "wrong_shuffle_mask",
-                              "shared_out_of_bounds",
-                              "shared_uninitialised",
-                              "shared_race_in_warp",
-                              "too_much_shared_memory",
-                              "store_past_end",
-                              "load_past_end",
-                              "missing_tail",
-                              "misaligned_pack",
-                              "index_overflow",
-                              "blocks_share_an_output",
-                              "plain_counter",
-                              "missing_fence",
-                              "missing_first_fence",
-                              "missing_second_fence",
-                              "stale_load",
-                              "not_the_last_block",
-                              "counter_not_zeroed",
-                              "order_of_arrival",
-                              "scalar_accesses",
-                              "strided_accesses",
-                              "bank_conflicts",
-                              "partial_warp",
-                              "missing_signal",
-                              "too_few_signals",
-                              "not_together",
-                              "missing_second_meeting",
-                              "missing_meeting",
-                              "plain_load_after_signal",
-                              "signal_without_fence",
-                              "dynamic_out_of_bounds"};
-static_assert(sizeof kNames / sizeof *kNames == size_t(Bug::count));
+NAMED_ENUM(Bug, none, missing_barrier, missing_second_barrier, barrier_in_branch, different_barriers,
+           returns_before_barrier, lane_returns_before_shuffle, shuffle_in_branch, lanes_at_different_shuffles,
+           wrong_shuffle_mask, shared_out_of_bounds, shared_uninitialised, shared_race_in_warp, too_much_shared_memory,
+           store_past_end, load_past_end, missing_tail, misaligned_pack, index_overflow, blocks_share_an_output,
+           plain_counter, missing_fence, missing_first_fence, missing_second_fence, stale_load, not_the_last_block,
+           counter_not_zeroed, order_of_arrival, scalar_accesses, strided_accesses, bank_conflicts, partial_warp,
+           missing_signal, too_few_signals, not_together, missing_second_meeting, missing_meeting,
+           plain_load_after_signal, signal_without_fence, dynamic_out_of_bounds, wrong_fragment_row, wrong_fragment,
+           misaligned_matrices, divergent_matrices, matrices_in_two_places, matrices_past_end, divergent_product,
+           missing_swizzle, wrong_swizzle, misaligned_source, misaligned_copy, copy_past_end, copy_out_of_bounds,
+           copied_twice, missing_commit, wait_too_lax, missing_wait, missing_barrier_after_wait, barrier_before_wait,
+           copy_too_early, store_under_copy, exit_with_copies, own_copy_too_early, missing_warp_barrier);
 
 constexpr int kThreads = 128;
 
@@ -353,16 +286,18 @@ void run(Bug bug) {
 
 }  // namespace deepops::isa_gpu
 
+#include "selftest_tensor_core.cuh"
+
 int main(int count, char** arguments) {
   using deepops::isa_gpu::Bug;
-  Bug bug = Bug::count;
-  for (int i = 0; i < int(Bug::count); ++i) {
-    if (count > 1 && !strcmp(arguments[1], deepops::isa_gpu::kNames[i])) bug = Bug(i);
+  std::istringstream names(deepops::isa_gpu::kNames);
+  int bug = 0;
+  std::string name;
+  for (; std::getline(names >> std::ws, name, ','); ++bug) {
+    if (count > 1 && name == arguments[1]) break;
+    if (count == 1) std::printf("%s\n", name.c_str());
   }
-  if (bug == Bug::count) {
-    for (const char* name : deepops::isa_gpu::kNames) std::printf("%s\n", name);
-    return 64;
-  }
+  if (!names) return 64;
   bool counting = false;
   for (int i = 2; i < count; ++i) {
     const std::string word = arguments[i];
@@ -373,7 +308,8 @@ int main(int count, char** arguments) {
   }
   if (counting) simt_set_counting(1);
   try {
-    deepops::isa_gpu::run(bug);
+    deepops::isa_gpu::run(Bug(bug));
+    deepops::isa_gpu::run_tensor_core(Bug(bug));
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 2;

@@ -10,8 +10,7 @@
 // Under AddressSanitizer and UBSan global memory is checked. Under ThreadSanitizer each fiber is a thread to the
 // sanitizer, ordered with others by barriers and fences alone, so that a race is found in any schedule.
 //
-// A place is left for what comes with the first kernel that needs it: WarpOp takes ldmatrix and mma, State the copies
-// in flight of cp.async.
+// The executor's own files are listed in state.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,12 +45,14 @@ inline int blocks() { return running.blocks; }
 
 // ---- waiting for others ---------------------------------------------------------------------------------------------
 
-enum class WarpOp { barrier, shuffle, shuffle_xor, ballot };
+enum class WarpOp { barrier, shuffle, shuffle_xor, ballot, load_matrices, multiply_add_f16, multiply_add_bf16 };
 
 void barrier(Here here);
 void fence();
 // Waits for all 32 lanes of the warp to call the same operation at the same place; returns its result for this lane.
 uint64_t warp_op(WarpOp op, uint64_t value, int argument, Here here);
+// The same for operations on matrices, with each lane's own registers.
+void matrix_op(WarpOp op, void* out, const void* in, const void* in_too, Here here);
 unsigned atomic_add(unsigned* counter, unsigned value, Here here);
 
 // Waits until *counter, which atomic_add() increases, is at least `value`.
@@ -74,7 +75,6 @@ T shuffle(WarpOp op, T value, int argument, Here here) {
 enum class Global { load, load_fresh, store };
 
 void record_global(const void* p, size_t bytes, Global kind, Here here);
-
 inline void global_access(const void* p, size_t bytes, Global kind, Here here) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     fail(here, "misaligned %s of %zu bytes at %p", kind == Global::store ? "store" : "load", bytes, p);
@@ -82,19 +82,32 @@ inline void global_access(const void* p, size_t bytes, Global kind, Here here) {
   if (running.counting) record_global(p, bytes, kind, here);
 }
 
+void record_no_load(size_t bytes, Here here);
+
+// Other lanes of the warp load here and this one does not: its next access at this place still counts with theirs.
+inline void no_load(size_t bytes, Here here) {
+  if (running.counting) record_no_load(bytes, here);
+}
+
 // An array in the shared memory of the running block.
 struct SharedArray {
   const char* name;
   unsigned char* data;
-  unsigned char* written;  // one per byte: whether it was
-  int count;               // elements
+  unsigned char* marks;  // one per byte: what is known of it
+  int count;             // elements
 };
 
 SharedArray shared_array(const char* name, size_t element_bytes, int count, const void* key, Here here);
 // All that launch() was asked for beside the named arrays.
 SharedArray dynamic_array(size_t element_bytes);
-// Checks an access and returns its address.
-void* shared_access(const SharedArray& array, int i, size_t bytes, bool store, Here here);
+// Checks an access of `bytes` bytes from element i on, and returns its address. element: bytes of one.
+enum class Shared { load, store, copy };
+void* shared_access(const SharedArray& array, int i, size_t element, size_t bytes, Shared kind, Here here);
+
+// The 16 bytes at `value` go to the running thread's shared memory, at some time before its wait for their group.
+void copy_async(const SharedArray& array, int i, size_t element, const void* value, Here here);
+void copy_async_commit(Here here);
+void copy_async_wait(int newest, Here here);
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import backends
 import bn_cases
 import bn_sync
+import conv_gemm
+import conv_tile_cases
 import depthwise_cases
 import lstm_cases
 import lstm_cell_cases
@@ -97,6 +99,46 @@ def depthwise_bn_act() -> int:
         case = depthwise_cases.make_case((2, channels, 6, 7), dtype=dtype, activation="silu", **geometry)
         compare(case, lambda case=case: depthwise_cases.op_results(case))
     return 12
+
+
+def convolutions() -> int:
+    """Whole packs of channels and tails, several tiles and several groups of tiles, a filter in steps."""
+    more: list[dict[str, Any]] = [
+        {"image": (2, 9, 18), "out_channels": 5, "stride": (2, 3), "residual": True},
+        {"image": (1, 9, 18), "out_channels": 40, "dilation": (2, 1), "momentum": None, "residual": True},
+    ]
+    cases = [
+        conv_tile_cases.make_case(channels=channels, dtype=dtype, integers=True, activation="relu", **options)
+        for (channels, dtype), options in product(((1, F32), (3, F16), (4, BF16)), more)
+    ]
+    bare = {"filter_size": (1, 1), "padding": (0, 0, 0, 0)}
+    cases.append(conv_tile_cases.make_case((1, 68, 130), 1, 1, F16, integers=True, **bare))
+    cases.append(conv_tile_cases.make_case((1, 3, 17), 3, 8, F32, integers=True, filter_size=(9, 9), padding=(4,) * 4))
+    for case in cases:
+        compare_convolution(case)
+    return len(cases)
+
+
+def tensor_core_convolutions() -> int:
+    """Every tile, its last one incomplete: more pieces of depth than shared memory holds, and fewer."""
+    count = 0
+    for forced in conv_gemm.FORCED:
+        for geometry, channels, dtype in (("3x3", 24, F16), ("1x1", 40, BF16)):
+            options = {"channels": channels, "out_channels": forced.out_channels[1], "dtype": dtype}
+            case = forced.case(geometry, integers=True, activation="relu", residual=dtype == F16, **options)
+            with simt.device(forced.multiprocessors):
+                compare_convolution(case)
+            count += 1
+    return count
+
+
+def compare_convolution(case: conv_tile_cases.Case) -> None:
+    backends.current = "simt"
+    actual, expected = conv_tile_cases.op_results(case), conv_tile_cases.oracle_results(case)
+    for name in ("y", "z"):
+        torch.testing.assert_close(actual[name], expected[name].to(case.x.dtype), rtol=0, atol=0, msg=name)
+    for name in ("mean", "invstd", "running_mean", "running_var"):
+        torch.testing.assert_close(actual[name], expected[name].float(), rtol=1e-2, atol=1e-2, msg=name)
 
 
 def lstm() -> int:
@@ -199,7 +241,18 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     optim_cases.attach_simt()
-    for cases in (adam, optimizers, clip, batch_norm_act, on_chip, batch_in_parts, depthwise_bn_act, lstm):
+    for cases in (
+        adam,
+        optimizers,
+        clip,
+        batch_norm_act,
+        on_chip,
+        batch_in_parts,
+        depthwise_bn_act,
+        convolutions,
+        tensor_core_convolutions,
+        lstm,
+    ):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
     print("clean", flush=True)
     os._exit(0)  # how libraries without a sanitizer tear themselves down is not what is tested
