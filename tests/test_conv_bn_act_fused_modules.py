@@ -31,7 +31,7 @@ from deepops.cli.check import check_rows
 from deepops.cli.check_types import Setting
 from deepops.functional import conv_bn_act
 from deepops.nn import ConvBNAct1d, ConvBNAct2d
-from deepops.testing import ErrorPool
+from deepops.testing import ErrorPool, oracle
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernel]
 
@@ -167,8 +167,8 @@ def test_evaluation_on_tensor_cores(dtype: torch.dtype) -> None:
             ours, theirs = block(x, residual), stock(x, residual)
         assert len(launches(counts)) == 1
         with torch.no_grad():
-            oracle = copy.deepcopy(stock).double()(x.double(), residual.double())
-        pool.add(ours, theirs, oracle, name=f"{name}, {activation}")
+            exact = copy.deepcopy(stock).double()(x.double(), residual.double())
+        pool.add(ours, theirs, exact, name=f"{name}, {activation}")
     pool.check()
 
 
@@ -189,9 +189,33 @@ def test_evaluation_without_gradients(dtype: torch.dtype) -> None:
                     ours = block(x, residual)
                 assert launches(counts) == ["conv_bn_act_direct"]
                 assert ours.dtype is dtype
-                oracle = wide(x.double(), None if residual is None else residual.double())
-                pool.add(ours, stock(x, residual), oracle, name=f"{name}, {activation}")
+                exact = wide(x.double(), None if residual is None else residual.double())
+                pool.add(ours, stock(x, residual), exact, name=f"{name}, {activation}")
         assert block._folded.folds == 1
+    pool.check()
+
+
+@pytest.mark.usefixtures("on_executor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_in_evaluation(dtype: torch.dtype) -> None:
+    """Which, other than a layer, has nothing computed before; with and without each of its vectors."""
+    pool = ErrorPool()
+    x, weight, conv_bias = data().to(dtype), torch.randn(6, 4, 3, 3).to(dtype), torch.randn(6).to(dtype)
+    statistics = torch.randn(6), torch.rand(6) + 0.5
+    for given in ((None, None, None), (conv_bias, None, torch.randn(6)), (conv_bias, torch.randn(6), torch.randn(6))):
+        for activation in ("relu", "silu"):
+            bias, *affine = given
+
+            def stock(*tensors: Any, activation: str = activation) -> Tensor:
+                x, weight, bias, *vectors = tensors
+                y = F.batch_norm(F.conv2d(x, weight, bias), *vectors, False, 0.1, 1e-3)
+                return reference.activation(y, activation)
+
+            arguments = (x, weight, bias, *statistics, *affine)
+            with simt.counting() as counts:
+                ours = conv_bn_act(*arguments, eps=1e-3, activation=activation)
+            assert launches(counts) == ["conv_bn_act_direct"]
+            pool.add(ours, stock(*arguments), oracle(stock, *arguments), name=f"{activation}, {len(affine)}")
     pool.check()
 
 
