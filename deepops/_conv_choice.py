@@ -7,7 +7,7 @@ long as the process lives. Nothing is written to disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from statistics import median
 from threading import Lock
@@ -47,6 +47,8 @@ class Times:
 
 
 _measured: dict[Key, Times] = {}
+# Calls, as their arguments come, that are known to go torch's way: found at once.
+_left_to_torch: set[Hashable] = set()
 _one_at_a_time = Lock()
 
 
@@ -91,6 +93,17 @@ def choose(key: Key, fused: Callable[[], object], aten: Callable[[], object]) ->
     return times.winner
 
 
+def is_left_to_torch(call: Hashable) -> bool:
+    """Whether ``leave_to_torch`` was told of such a call."""
+    return call in _left_to_torch
+
+
+def leave_to_torch(call: Hashable, key: Key | None = None) -> None:
+    """Remember of a call that is not covered, or of one of kind ``key`` if that was measured, that it is torch's."""
+    if (key is None or (key in _measured and _measured[key].winner == "aten")) and len(_left_to_torch) < MOST_KEYS:
+        _left_to_torch.add(call)
+
+
 def measured() -> dict[Key, Times]:
     """All that has been measured so far, in that order."""
     return dict(_measured)
@@ -99,6 +112,7 @@ def measured() -> dict[Key, Times]:
 def forget() -> None:
     """Measure everything anew."""
     _measured.clear()
+    _left_to_torch.clear()
 
 
 def _may_measure() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepops import backends
-from deepops._checks import Size, autocast_enabled, check_residual, check_residual_dtype, transforms_active
+from deepops._checks import Size, autocast_enabled, check_residual, check_residual_dtype
 from deepops._convolution import output_sizes, padding_of, per_dimension
 from deepops._library import binaries, gpu_not_covered, has_kernel
 
@@ -24,7 +24,7 @@ COVERED = (
     "two spatial dimensions, one group, data in channels_last, a multiple of 8 channels in float16 or bfloat16 or up "
     "to 4 in these or float32, no process group, NVIDIA GPUs of compute capability 8.0 and newer"
 )
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything by their memory
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything by their memory
 _LEAST_CAPABILITY = (8, 0)
 _DIRECT_CHANNELS, _PACK = 4, 8  # as in csrc/conv_bn_act/conv_bn_act.h
 _MOST_PIXELS, _MOST_PER_SIDE = 2**31 - 1 - 4096, 2**24  # as in csrc/conv_bn_act/host.h
@@ -55,7 +55,7 @@ def problem_of(
     Raises:
         ValueError: ``deepops.backends.conv`` is ``"fused"``, which does not cover the call.
     """
-    if torch.compiler.is_compiling() or backends.conv == "aten" or transforms_active() or x.numel() == 0:
+    if x.numel() == 0:
         return None
     autocast = autocast_enabled(x)
     if autocast and x.dtype is not torch.float64:  # as torch's convolution does
@@ -85,6 +85,9 @@ def problem_of(
 
 def not_covered(x: Tensor, conv_weight: Tensor, groups: int, in_group: bool) -> str:
     """What of a call the kernels do not cover; empty where they do."""
+    for tensor in (x, conv_weight):
+        if type(tensor) not in PLAIN:
+            return f"a tensor of class {type(tensor).__name__}"
     channels = x.size(1)
     if conv_weight.dim() != 4:
         return f"conv_weight of shape {list(conv_weight.shape)}"
@@ -98,19 +101,21 @@ def not_covered(x: Tensor, conv_weight: Tensor, groups: int, in_group: bool) -> 
         return f"x of strides {x.stride()}"
     if in_group:
         return "a process group"
-    if type(x) not in _PLAIN or type(conv_weight) not in _PLAIN:
-        return f"a tensor of class {(type(x) if type(x) not in _PLAIN else type(conv_weight)).__name__}"
     if channels > _DIRECT_CHANNELS and x.data_ptr() % 16:
         return "x that begins between 16-byte boundaries"
-    return "" if executor is not None else _gpu_reason(x)
+    return gpu_reason(x.device)
 
 
-def _gpu_reason(x: Tensor) -> str:
+def gpu_reason(device: torch.device) -> str:
+    """Why the kernels cannot run on ``device``, a GPU; empty where they can."""
+    if executor is not None:
+        return ""
     if not has_kernel("conv_bn_act_eval", "cuda"):
         return f"a build without these kernels (_cuda {binaries()['_cuda']})"
-    if torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
-        return f"a GPU of compute capability {'.'.join(map(str, torch.cuda.get_device_capability(x.device)))}"
-    return gpu_not_covered(x.device.index)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"a GPU of compute capability {'.'.join(map(str, capability))}"
+    return gpu_not_covered(device.index)
 
 
 def _is_channels_last(x: Tensor, conv_weight: Tensor) -> bool:

@@ -21,8 +21,8 @@ from deepops._autograd import BatchNormAct, Grad, what_to_keep
 from deepops._autograd import Options as NormalizeOptions
 from deepops._batch_norm_act import Settings, after_training, dispatch, name_in_op
 from deepops._block import Statistics
-from deepops._checks import check_batch_norm
-from deepops._conv_problem import Geometry, Problem, Sizes, problem_of, sizes_of
+from deepops._checks import check_batch_norm, transforms_active
+from deepops._conv_problem import PLAIN, Geometry, Problem, Sizes, problem_of, sizes_of
 from deepops._convolution import convolution
 from deepops._folding import scale_and_shift
 
@@ -56,7 +56,7 @@ def evaluate(
     statistics: Statistics,
     geometry: Geometry,
     settings: Settings,
-    scaled: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    scaled: Callable[[], tuple[Tensor, ...]] | None = None,
     folded: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
     """``conv_bn_act`` by running statistics, without gradients.
@@ -65,14 +65,15 @@ def evaluate(
     """
     mean, var, _ = statistics
     tensors = (x, conv_weight, conv_bias, residual, weight, bias)
-    if torch.compiler.is_compiling() or mean is None or var is None:
+    _, _, eps, activation, negative_slope, approximate, _ = settings
+    if not _has_choice() or mean is None or var is None:
         return None
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return None
-    problem = problem_of(x, conv_weight, residual, geometry)
+    call = Call("evaluation" if folded is None else "folded", activation, x, conv_weight, residual, geometry)
+    problem = call.problem()
     if problem is None:
         return None
-    _, _, eps, activation, negative_slope, approximate, _ = settings
 
     def fused() -> Tensor:
         vectors = (conv_bias, mean, var, weight, bias)
@@ -88,8 +89,7 @@ def evaluate(
         z = convolution(x, conv_weight, conv_bias, *geometry)
         return dispatch(z, residual, weight, bias, None, *statistics, settings)
 
-    mode = "evaluation" if folded is None else "folded"
-    return fused() if _is_faster(problem, mode, activation, fused, folded or aten) else None
+    return fused() if call.is_faster(problem, fused, folded or aten) else None
 
 
 def _train(
@@ -104,7 +104,10 @@ def _train(
     settings: Settings,
     in_group: bool,
 ) -> Tensor | None:
-    problem = problem_of(x, conv_weight, residual, geometry, in_group)
+    if not _has_choice():
+        return None
+    call = Call("training", settings[3], x, conv_weight, residual, geometry, in_group)
+    problem = call.problem()
     if problem is None or problem.pixels == 1:  # a single value has no variance
         return None
     x, conv_weight, residual, sizes, _ = problem
@@ -126,7 +129,7 @@ def _train(
         return dispatch(z, residual, weight, bias, None, None, None, None, settings)
 
     nothing = (None, None, None)  # running statistics are not for measurements
-    if not _is_faster(problem, "training", activation, lambda: fused(None, *nothing), aten):
+    if not call.is_faster(problem, lambda: fused(None, *nothing), aten):
         return None
     y = fused(shift, mean, var, counter)
     after_training(mean, var, counter, shift, momentum)
@@ -136,18 +139,58 @@ def _train(
     return y
 
 
-def _is_faster(
-    problem: Problem, mode: str, activation: str, fused: Callable[[], Tensor], aten: Callable[[], Tensor]
-) -> bool:
-    """Whether a call goes the fused way: because it has to, or because it was measured to be the faster one."""
-    if backends.conv == "fused":
-        return True
-    x, conv_weight, residual, sizes, _ = problem
-    smooth = activation in ("silu", "gelu", "hardswish")
-    key = _conv_choice.Key(
-        x.device, x.dtype, x.shape, conv_weight.shape, _numbers(sizes), mode, residual is not None, smooth
-    )
-    return _conv_choice.choose(key, fused, aten) == "fused"
+def _has_choice() -> bool:
+    return not (torch.compiler.is_compiling() or backends.conv == "aten" or transforms_active())
+
+
+class Call:
+    """A call as it comes, and which way it goes."""
+
+    def __init__(
+        self,
+        mode: str,
+        activation: str,
+        x: Tensor,
+        conv_weight: Tensor,
+        residual: Tensor | None,
+        geometry: Geometry,
+        in_group: bool = False,
+    ) -> None:
+        """Look at everything that the answer depends on, beside the setting."""
+        self.mode, self.smooth = mode, activation in ("silu", "gelu", "hardswish")
+        self.arguments = (x, conv_weight, residual, geometry, in_group)
+        self.facts: tuple[object, ...] | None = None
+        if type(x) not in PLAIN or type(conv_weight) not in PLAIN:
+            return  # which may have no memory to ask about
+        device = x.device
+        self.facts = (
+            *(device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16),
+            *(conv_weight.dtype, conv_weight.shape, conv_weight.stride()),
+            *(tuple(value) if isinstance(value, list) else value for value in geometry),
+            *(in_group, mode, self.smooth, None if residual is None else residual.dtype),
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        )
+
+    def problem(self) -> Problem | None:
+        """What ``problem_of`` says; None at once where that, or the choice, is known to lead to torch's way."""
+        if self.facts is not None and backends.conv == "auto" and _conv_choice.is_left_to_torch(self.facts):
+            return None
+        problem = problem_of(*self.arguments)
+        if problem is None and self.facts is not None:
+            _conv_choice.leave_to_torch(self.facts)
+        return problem
+
+    def is_faster(self, problem: Problem, fused: Callable[[], Tensor], aten: Callable[[], Tensor]) -> bool:
+        """Whether to go the fused way: because one has to, or because it was measured to be the faster one."""
+        if backends.conv == "fused":
+            return True
+        x, conv_weight, residual, sizes, _ = problem
+        what = (x.device, x.dtype, x.shape, conv_weight.shape, _numbers(sizes))
+        key = _conv_choice.Key(*what, self.mode, residual is not None, self.smooth)
+        if _conv_choice.choose(key, fused, aten) == "fused":
+            return True
+        _conv_choice.leave_to_torch(self.facts, key)
+        return False
 
 
 def _numbers(sizes: Sizes) -> tuple[int, ...]:
@@ -179,10 +222,13 @@ class ConvolutionWithStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, conv_weight)
         ctx.sizes = sizes
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of the statistics, two launches
         return z, mean, invstd
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, *_: Grad) -> tuple[Grad, ...]:
+    def backward(ctx: Any, grad_z: Grad, *_: Grad) -> tuple[Grad, ...]:
+        if grad_z is None:
+            return (None,) * 8
         x, conv_weight = ctx.saved_tensors
         stride, (top, bottom, left, right), dilation = ctx.sizes
         height, width = x.shape[2:]

@@ -158,6 +158,13 @@ def conv_bn_act(
     statistics follow from the covariances of ``x``, and the backward keeps a bit per value of the output for the ReLU
     family, nothing for other activations.
 
+    On NVIDIA GPUs the convolution may be deepops' own: in training without a process group, where it leaves the
+    statistics of its result behind, and in evaluation without gradients, which is one kernel then. It covers
+    ``conv2d`` of channels_last data without groups, in fp16 and bf16 (autocast too) with a multiple of 8 channels, in
+    these and fp32 with up to 4. ``deepops.backends.conv`` decides: by default, both ways of each shape are timed once,
+    and the faster one is taken from then on. Both round the convolution's result once to the dtype of ``x``, from sums
+    in fp32 in different orders; gradients are computed alike.
+
     Args:
         x: ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``.
         conv_weight: ``[K, C / groups, *kernel_size]``, dtype of ``x``.
@@ -165,6 +172,10 @@ def conv_bn_act(
         running_mean, running_var, weight, bias: ``[K]``.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         residual: shape of the output, ``[N, K, ...]``.
+
+    Raises:
+        TypeError, ValueError: as ``batch_norm_act``; where ``deepops.backends.conv`` is ``"fused"`` also for a call on
+            a GPU which that convolution does not cover.
 
     >>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
     >>> conv_bn_act(x, w, None, None, None, training=True, padding=1).shape

@@ -17,16 +17,21 @@ import pytest
 import simt
 import torch
 import torch.nn.functional as F
-from conv_cases import CONVOLUTIONS, Stock, check, compare, make_block, make_input, needs_kernel, set_mode
+from conv_cases import CONVOLUTIONS, Stock, compare, make_block, make_input, needs_kernel, set_mode
+from conv_cases import check as check_pools
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import deepops
 from deepops import _conv_choice, _conv_problem, _fused_conv, reference
 from deepops._convolution import convolution
+from deepops.cli import check_ops
+from deepops.cli.check import check_rows
+from deepops.cli.check_types import Setting
 from deepops.functional import conv_bn_act
 from deepops.nn import ConvBNAct1d, ConvBNAct2d
-from deepops.testing import ErrorPool
+from deepops.testing import ErrorPool, oracle
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernel]
 
@@ -95,6 +100,7 @@ def timed(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(deepops.backends, "conv", "auto")
     monkeypatch.setattr(_conv_choice, "timer", timer)
     monkeypatch.setattr(_conv_choice, "_measured", {})
+    monkeypatch.setattr(_conv_choice, "_left_to_torch", set())
     return times
 
 
@@ -118,7 +124,7 @@ def test_a_step(name: str) -> None:
         with simt.counting() as counts:
             compare(pools, block, data(), None, "train", f"{activation}, {name}")
         assert len(launches(counts)) == 1
-    check(pools)
+    check_pools(pools)
 
 
 @pytest.mark.usefixtures("on_executor")
@@ -130,12 +136,12 @@ def test_every_activation(with_residual: bool) -> None:
         x = data(channels=3)
         residual = torch.randn_like(Stock(block)(x)) if with_residual else None
         compare(pools, block, x, residual, "train", activation)
-    check(pools)
+    check_pools(pools)
 
 
 @pytest.mark.usefixtures("on_executor")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("channels", [4])
+@pytest.mark.parametrize("channels", [4, 8])
 def test_sixteen_bits_by_autocast(channels: int, dtype: torch.dtype) -> None:
     pools: Any = defaultdict(ErrorPool)
     for seed, name in enumerate(("bias", "stride", "1x1")):
@@ -144,7 +150,26 @@ def test_sixteen_bits_by_autocast(channels: int, dtype: torch.dtype) -> None:
         with simt.counting() as counts:
             compare(pools, block, x, None, "train", name, autocast=dtype)
         assert len(launches(counts)) == 1
-    check(pools)
+    check_pools(pools)
+
+
+@pytest.mark.usefixtures("on_executor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_evaluation_on_tensor_cores(dtype: torch.dtype) -> None:
+    pool = ErrorPool()
+    for seed, (name, activation) in enumerate((("bias", "relu"), ("same", "gelu"), ("stride", "identity"))):
+        block = make_block(16, 11, **COVERED[name], activation=activation, seed=seed).eval()
+        x = data(2, 16)
+        stock = Stock(block)
+        with torch.no_grad():
+            residual = torch.randn_like(stock(x)).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", dtype), simt.counting() as counts:
+            ours, theirs = block(x, residual), stock(x, residual)
+        assert len(launches(counts)) == 1
+        with torch.no_grad():
+            exact = copy.deepcopy(stock).double()(x.double(), residual.double())
+        pool.add(ours, theirs, exact, name=f"{name}, {activation}")
+    pool.check()
 
 
 @pytest.mark.usefixtures("on_executor")
@@ -154,21 +179,62 @@ def test_evaluation_without_gradients(dtype: torch.dtype) -> None:
     for seed, (name, options) in enumerate(COVERED.items()):
         if name == "no statistics":
             continue  # which takes those of the batch, as in training
-        for activation in ("relu", "gelu"):
-            block = make_block(4, 9, **options, activation=activation, seed=seed).eval().to(dtype)
-            stock, x = Stock(block), data().to(dtype)
-            with torch.no_grad():
-                wide = stock(x).double()
-                for residual in (None, torch.randn_like(wide).to(dtype)):
-                    with simt.counting() as counts:
-                        ours = block(x, residual)
-                    assert launches(counts) == ["conv_bn_act_direct"]
-                    exact = None if residual is None else residual.double()
-                    oracle = copy.deepcopy(stock).double()(x.double(), exact)
-                    assert ours.dtype is dtype
-                    pool.add(ours, stock(x, residual), oracle, name=f"{name}, {activation}")
-            assert block._folded.folds == 1
+        activation = ("relu", "gelu", "leaky_relu")[seed % 3]
+        block = make_block(4, 9, **options, activation=activation, seed=seed).eval().to(dtype)
+        stock, x = Stock(block), data(2).to(dtype)
+        wide = copy.deepcopy(stock).double()
+        with torch.no_grad():
+            for residual in (None, torch.randn_like(stock(x))):
+                with simt.counting() as counts:
+                    ours = block(x, residual)
+                assert launches(counts) == ["conv_bn_act_direct"]
+                assert ours.dtype is dtype
+                exact = wide(x.double(), None if residual is None else residual.double())
+                pool.add(ours, stock(x, residual), exact, name=f"{name}, {activation}")
+        assert block._folded.folds == 1
     pool.check()
+
+
+@pytest.mark.usefixtures("on_executor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_in_evaluation(dtype: torch.dtype) -> None:
+    """Which, other than a layer, has nothing computed before; with and without each of its vectors."""
+    pool = ErrorPool()
+    x, weight, conv_bias = data().to(dtype), torch.randn(6, 4, 3, 3).to(dtype), torch.randn(6).to(dtype)
+    statistics = torch.randn(6), torch.rand(6) + 0.5
+    for given in ((None, None, None), (conv_bias, None, torch.randn(6)), (conv_bias, torch.randn(6), torch.randn(6))):
+        for activation in ("relu", "silu"):
+            bias, *affine = given
+
+            def stock(*tensors: Any, activation: str = activation) -> Tensor:
+                x, weight, bias, *vectors = tensors
+                y = F.batch_norm(F.conv2d(x, weight, bias), *vectors, False, 0.1, 1e-3)
+                return reference.activation(y, activation)
+
+            arguments = (x, weight, bias, *statistics, *affine)
+            with simt.counting() as counts:
+                ours = conv_bn_act(*arguments, eps=1e-3, activation=activation)
+            assert launches(counts) == ["conv_bn_act_direct"]
+            pool.add(ours, stock(*arguments), oracle(stock, *arguments), name=f"{activation}, {len(affine)}")
+    pool.check()
+
+
+@pytest.mark.usefixtures("on_executor")
+def test_deepops_check_looks_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA; here the executor stands in."""
+    monkeypatch.setattr(deepops.backends, "conv", "auto")
+    checks = [check for check in check_ops.CHECKS if check.devices == ("cuda",)]
+    assert {check.kernel for check in checks} == {"conv_bn_act_eval"}
+    assert not [row for row in check_rows(tuple(checks)) if row.device == "cpu"]
+    for check in checks:
+        for dtype in check.dtypes:
+            pools: Any = defaultdict(ErrorPool)
+            with simt.counting() as counts:
+                for case in check.compare(Setting("cpu", dtype, *check.layouts)):
+                    pools[case.output].add(case.actual, case.stock, case.oracle, name=case.output)
+            assert len(launches(counts)) == 6  # three seeds: a step, an evaluation
+            check_pools(pools)
+    assert deepops.backends.conv == "auto"
 
 
 # ---- what is around them ---------------------------------------------------------------------------------------------
@@ -245,7 +311,7 @@ def test_gradients_that_nobody_wants(exact: Exact) -> None:
     assert exact.calls == ["statistics"] * 5
 
 
-@pytest.mark.parametrize("name", ["stride", "same", "dilation", "bias"])
+@pytest.mark.parametrize("name", ["stride", "same", "dilation"])
 def test_gradients_of_gradients(name: str, exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64, which the kernels do not cover: the ops that stand in for them do."""
     monkeypatch.setattr(_conv_problem, "not_covered", lambda *_: "")
@@ -253,7 +319,7 @@ def test_gradients_of_gradients(name: str, exact: Exact, monkeypatch: pytest.Mon
     geometry = {key: value for key, value in COVERED[name].items() if key in ("stride", "padding", "dilation")}
     size = COVERED[name]["kernel_size"]
     size = (size, size) if isinstance(size, int) else size
-    tensors = [torch.randn(2, 2, 6, 7).to(memory_format=CHANNELS_LAST), torch.randn(3, 2, *size), torch.rand(3) + 0.5]
+    tensors = [torch.randn(2, 1, 4, 5).to(memory_format=CHANNELS_LAST), torch.randn(2, 1, *size), torch.rand(2) + 0.5]
     x, weight, gamma = (tensor.double().requires_grad_() for tensor in tensors)
     residual = torch.randn_like(F.conv2d(x, weight, None, **geometry)).detach().requires_grad_()
 
@@ -460,6 +526,16 @@ def test_other_tools_take_torchs_way(exact: Exact) -> None:
     assert exact.calls
 
 
+def test_fake_tensors_take_torchs_way(timed: dict[str, float], exact: Exact) -> None:
+    """They have no memory to look at, and nothing to time."""
+    block = make_block(4, 6, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert block(data()).shape == (4, 6, 9, 8)
+        with torch.no_grad():
+            assert block.eval()(data()).shape == (4, 6, 9, 8)
+    assert not exact.calls
+
+
 def test_cpu_tensors_know_no_choice() -> None:
     assert _conv_problem.executor is None
     block, x = make_block(4, 6, 3, groups=2), make_input(2)
@@ -489,6 +565,44 @@ def test_the_faster_way_is_taken_and_measuring_teaches_nothing(timed: dict[str, 
         assert results["bn.num_batches_tracked"] == 1
         step(ours, x, None)
         assert exact.calls == ["statistics"] * (once + 2 * (way == "fused"))
+
+
+def test_what_is_torchs_is_known_at_a_glance(
+    timed: dict[str, float], exact: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small networks on a GPU wait for Python: a call that goes torch's way anyway must not be looked at again."""
+    looked = []
+    look = _fused_conv.problem_of
+    monkeypatch.setattr(_fused_conv, "problem_of", lambda *arguments: looked.append(1) or look(*arguments))
+    timed["fused"] = 3.0
+    blocks = [make_block(4, 6, 3, groups=groups) for groups in (1, 2)]
+    for _ in range(3):
+        for block in blocks:
+            block.train()(data())
+            with torch.no_grad():
+                block.eval()(data())
+    assert len(looked) == 4
+    for changed in (data(3), data()[:, :, 1:].contiguous(memory_format=CHANNELS_LAST), data().bfloat16().float()):
+        blocks[0].train()(changed)
+    with torch.autocast("cpu", torch.bfloat16):
+        blocks[0](data())
+    conv_bn_act(data(), blocks[0].conv.weight, None, None, None, training=True, stride=[1, 2], padding=[0, 0])
+    assert len(looked) == 8  # the last of the three is nothing new
+    assert set(exact.calls) == {"eval", "statistics"}
+    count = len(exact.calls)
+    with deepops.backends.flags(conv="fused"):
+        blocks[0](data())
+    assert len(exact.calls) == count + 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        timed["fused"] = 1.0
+        _conv_choice.forget()
+        blocks[0](data())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(exact.calls) == count + 1
+    blocks[0](data())
+    assert len(exact.calls) > count + 1  # it was torch's for that time alone
 
 
 def test_the_choice_is_one_of_the_process(timed: dict[str, float], exact: Exact) -> None:

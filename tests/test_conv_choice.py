@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_conv_choice, "timer", clock)
     monkeypatch.setattr(_conv_choice, "_measured", {})
+    monkeypatch.setattr(_conv_choice, "_left_to_torch", set())
     return clock
 
 
@@ -69,6 +71,12 @@ def test_the_setting_is_checked_at_once_and_given_back() -> None:
             raise ZeroDivisionError(deepops.backends.conv)
         assert deepops.backends.conv == "fused"
     assert deepops.backends.conv == "auto"
+
+
+def test_the_documentation_is_true() -> None:
+    result = doctest.testmod(deepops.backends)
+    assert result.attempted
+    assert not result.failed
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

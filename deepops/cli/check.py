@@ -66,6 +66,8 @@ def check_rows(checks: tuple[OpCheck, ...]) -> Iterator[Row]:
     """Run ``checks`` on every device and, on the CPU, every instruction set; yield a row for each setting."""
     for check in checks:
         for device in testing.devices():
+            if device not in check.devices:
+                continue
             for isa in _isas(check, device):
                 for dtype in check.dtypes:
                     for layout in check.layouts:

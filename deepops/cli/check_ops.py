@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import deepops.backends
 import deepops.functional
 import deepops.nn
 import deepops.optim
 from deepops import reference
+from deepops._conv_problem import gpu_reason
 from deepops.cli.check_lstm import check_lstm, check_lstm_cell
 from deepops.cli.check_types import Comparison, OpCheck, Setting
 from deepops.testing import away_from_kinks, to_double
@@ -110,34 +113,40 @@ _CONVOLUTIONS = {
 }  # by spatial dimensions
 
 
-def check_conv_bn_act(
-    dims: int, frozen: bool = False, depthwise: bool = False, expanding: bool = False
-) -> Callable[[Setting], Iterator[Comparison]]:
-    """A step and an evaluation of ConvBNReLU beside convolution, batch norm and ReLU; 16 bits by autocast.
+@dataclass(frozen=True)
+class _Block:
+    """A block to check."""
 
-    ``frozen``: by running statistics, and without gradients of batch norm's parameters. ``depthwise``: with one filter
-    per channel, which is an op of its own for fp32 in channels_last; so is ``expanding``, a 1x1 convolution.
-    """
+    dims: int = 2
+    inputs: int = 8
+    outputs: int = 19
+    kernel: int = 3
+    groups: int = 1
+    frozen: bool = False  # by running statistics, and without gradients of batch norm's parameters
+    conv: deepops.backends.Conv = "auto"  # deepops.backends.conv, where there are the kernels for it
+
+
+def check_conv_bn_act(block: _Block) -> Callable[[Setting], Iterator[Comparison]]:
+    """A step and an evaluation of ConvBNReLU beside convolution, batch norm and ReLU; 16 bits by autocast."""
 
     def compare(setting: Setting) -> Iterator[Comparison]:
-        for seed in range(3):
-            yield from _conv_bn_act(setting, seed, dims, frozen, depthwise, expanding)
+        lost = block.conv != "auto" and gpu_reason(torch.device(setting.device))
+        with deepops.backends.flags(conv="auto" if lost else block.conv):
+            for seed in range(3):
+                yield from _conv_bn_act(setting, seed, block)
 
     return compare
 
 
-def _conv_bn_act(
-    setting: Setting, seed: int, dims: int, frozen: bool, depthwise: bool, expanding: bool
-) -> Iterator[Comparison]:
-    our_class, conv_class, norm_class, size = _CONVOLUTIONS[dims]
-    inputs, groups = (19, 19) if depthwise else (8, 1)
-    outputs, kernel = (40, 1) if expanding else (19, 3)
+def _conv_bn_act(setting: Setting, seed: int, block: _Block) -> Iterator[Comparison]:
+    our_class, conv_class, norm_class, size = _CONVOLUTIONS[block.dims]
+    inputs, outputs, kernel, groups, frozen = block.inputs, block.outputs, block.kernel, block.groups, block.frozen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         conv = conv_class(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
         norm = norm_class(outputs)
         if frozen:  # statistics that are not the initial ones
-            norm(conv(torch.randn(6, 8, *size) * 2 + 1))
+            norm(conv(torch.randn(6, inputs, *size) * 2 + 1))
     ours = our_class(inputs, outputs, kernel, padding=kernel // 2, groups=groups)
     ours.conv.load_state_dict(conv.state_dict())
     ours.bn.load_state_dict(norm.state_dict())
@@ -252,12 +261,28 @@ def _train(
 CHECKS: tuple[OpCheck, ...] = (
     OpCheck("batch_norm_act train", "batch_norm_act_train", check_batch_norm_act(training=True)),
     OpCheck("batch_norm_act eval", "batch_norm_act_eval", check_batch_norm_act(training=False)),
-    OpCheck("conv_bn_act 1d", "batch_norm_act_train", check_conv_bn_act(1), layouts=("contiguous",)),
-    OpCheck("conv_bn_act 2d", "batch_norm_act_train", check_conv_bn_act(2)),
-    OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(3)),
-    OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(2, frozen=True)),
-    OpCheck("conv_bn_act depthwise", "depthwise_bn_act_train", check_conv_bn_act(2, depthwise=True)),
-    OpCheck("conv_bn_act expanding 1x1", "pointwise_bn_act_train", check_conv_bn_act(2, expanding=True)),
+    OpCheck("conv_bn_act 1d", "batch_norm_act_train", check_conv_bn_act(_Block(dims=1)), layouts=("contiguous",)),
+    OpCheck("conv_bn_act 2d", "batch_norm_act_train", check_conv_bn_act(_Block())),
+    OpCheck("conv_bn_act 3d", "batch_norm_act_train", check_conv_bn_act(_Block(dims=3))),
+    OpCheck("conv_bn_act frozen", "batch_norm_act_train", check_conv_bn_act(_Block(frozen=True))),
+    OpCheck("conv_bn_act depthwise", "depthwise_bn_act_train", check_conv_bn_act(_Block(inputs=19, groups=19))),
+    OpCheck("conv_bn_act expanding 1x1", "pointwise_bn_act_train", check_conv_bn_act(_Block(outputs=40, kernel=1))),
+    # In training the statistics' op, in evaluation the other; on tensor cores and, for few channels, without them.
+    OpCheck(
+        "conv_bn_act fused",
+        "conv_bn_act_eval",
+        check_conv_bn_act(_Block(inputs=16, conv="fused")),
+        (torch.bfloat16, torch.float16),
+        ("channels_last",),
+        ("cuda",),
+    ),
+    OpCheck(
+        "conv_bn_act fused, RGB",
+        "conv_bn_act_eval",
+        check_conv_bn_act(_Block(inputs=3, conv="fused")),
+        layouts=("channels_last",),
+        devices=("cuda",),
+    ),
     OpCheck("lstm", "lstm_sequence", check_lstm, layouts=("contiguous",)),
     OpCheck("lstm_cell", "lstm_cell", check_lstm_cell, layouts=("contiguous",)),
     OpCheck("adam", "adam", check_optimizer("Adam"), layouts=("contiguous",)),

@@ -45,3 +45,4 @@ class OpCheck:
     compare: Callable[[Setting], Iterator[Comparison]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
+    devices: tuple[str, ...] = ("cpu", "cuda")

@@ -202,7 +202,7 @@ def fused_forward(
         (bn.running_mean, bn.running_var, None),
         (conv.stride, padding, conv.dilation, conv.groups),
         (False, bn.momentum, bn.eps, *activation, None),
-        scaled=lambda: folded.get(conv, bn, scale_and_shift),  # type: ignore[arg-type, return-value]
+        scaled=lambda: folded.get(conv, bn, scale_and_shift),
         folded=(lambda: folded_forward(x, residual, folded, conv, bn, padding, activation)) if as_one else None,
     )
 

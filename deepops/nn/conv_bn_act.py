@@ -227,6 +227,10 @@ class ConvBNAct2d(_ConvBNAct):
     output. Where ``bn.weight`` or ``bn.bias`` want gradients, batch normalization by running statistics is one pass, as
     in training.
 
+    On NVIDIA GPUs the convolution may be deepops' own, with what follows it in the same kernel, where that was measured
+    to be faster than torch's: see ``deepops.backends`` and :func:`deepops.functional.conv_bn_act`.
+    ``deepops.explain(layer)`` has the way and both times of each shape that the layer has seen.
+
     With ``process_group``, or where ``SyncBatchNorm.convert_sync_batchnorm`` has made it so, ``bn`` is a
     ``torch.nn.SyncBatchNorm``: its processes share the batch in training, on every device, in the same passes (see
     :func:`deepops.functional.batch_norm_act`).
