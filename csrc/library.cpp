@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, int[2] stride, int[4] padding, int[2] dilation, str activation, "
       "float negative_slope, bool need_x, bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // act(conv2d(x, conv_weight, bias, groups=C)): evaluation, with batch norm folded into conv_weight and bias, [C]. The
+  // CPU's alone: on a GPU it is ATen's convolution and an activation.
+  m.def(
+      "depthwise_bn_act_eval(Tensor x, Tensor conv_weight, Tensor bias, int[2] stride, int[4] padding, "
+      "int[2] dilation, str activation, float negative_slope) -> Tensor y");
   // What follows the product of inputs and W_ih, for a whole sequence; deepops/reference/lstm.py has the formulas.
   // gates_x: x W_ih^T + b_ih + b_hh, [T, B, 4H], float for 16-bit data on the CPU. seed: of the random masks; None in
   // evaluation. first_step: the number of step 0. save: also return what the backward needs: activated gates (i, f, g
@@ -107,6 +112,13 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor mean, Tensor invstd, Tensor moments, Tensor bits, str activation, float negative_slope, bool need_x, "
       "bool need_conv_weight, bool need_affine) -> "
       "(Tensor grad_x, Tensor grad_conv_weight, Tensor grad_weight, Tensor grad_bias)");
+  // act(conv2d(x, conv_weight, bias, stride) + residual) of a 1x1 convolution: evaluation, with batch norm folded into
+  // conv_weight and bias. fp32 or fp64, channels_last or contiguous, on the CPU, as above. packed: conv_weight in the
+  // order in which channels_last data is multiplied with it; None: it is packed in the call.
+  m.def("pointwise_bn_act_pack(Tensor conv_weight) -> Tensor packed");
+  m.def(
+      "pointwise_bn_act_eval(Tensor x, Tensor conv_weight, Tensor? packed, Tensor bias, Tensor? residual, "
+      "int[2] stride, str activation, float negative_slope) -> Tensor y");
   // act(conv2d(x, conv_weight) * scale + shift + residual) in one kernel, on NVIDIA GPUs. x, conv_weight [K, C, R, S],
   // residual and y: channels_last. scale, shift: [K], float32. fp16 and bf16 with C a multiple of 8: on tensor cores;
   // fp32, fp16, bf16 with C up to 4, first layers: without. stride, dilation: y, x. padding: top, bottom, left, right.

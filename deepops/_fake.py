@@ -129,6 +129,39 @@ def _batch_norm_act_input_grad(
     return _like(x), _like(x, need_residual)
 
 
+def _depthwise_bn_act_eval(
+    x: Tensor,
+    conv_weight: Tensor,
+    bias: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    return _data(x, conv_weight.size(0), output_sizes(x, conv_weight, stride, padding, dilation))
+
+
+def _pointwise_bn_act_pack(conv_weight: Tensor) -> Tensor:
+    columns, inputs = conv_weight.shape[:2]
+    return conv_weight.new_empty((columns + 63) // 64 * 64 * inputs)  # panels of 64 columns
+
+
+def _pointwise_bn_act_eval(
+    x: Tensor,
+    conv_weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    sizes = output_sizes(x, conv_weight, stride, [0] * 4, [1, 1])
+    y = _data(x, conv_weight.size(0), sizes)
+    return y.contiguous() if x.is_contiguous() else y
+
+
 def _depthwise_bn_act_train(
     x: Tensor,
     conv_weight: Tensor,
@@ -278,7 +311,10 @@ def register() -> None:
         _batch_norm_act_merge,
         _batch_norm_act_reduce,
         _batch_norm_act_input_grad,
+        _depthwise_bn_act_eval,
         _depthwise_bn_act_train,
+        _pointwise_bn_act_eval,
+        _pointwise_bn_act_pack,
         _depthwise_bn_act_backward,
         _pointwise_bn_act_train,
         _pointwise_bn_act_backward,

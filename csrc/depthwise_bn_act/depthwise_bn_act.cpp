@@ -212,6 +212,29 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   return {y, statistics.first, statistics.second};
 }
 
+Tensor evaluate_cpu(Tensor x, Tensor conv_weight, Tensor bias, Integers stride, Integers padding, Integers dilation,
+                    std::string activation, double negative_slope) {
+  const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  check_affine(p, x, {}, bias, "depthwise_bn_act_eval");
+  const OutputLayout layout(p);
+  Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
+  Scratch scratch;
+  const Workers workers(p, false, scratch);
+  DepthwiseForward args{};
+  args.x = x.const_data_ptr();
+  args.filter = pack_any(p, conv_weight, scratch);
+  args.y = y.mutable_data_ptr();
+  const BySlot mean(p, read({}, p.channels, 0, scratch), scratch), scale(p, read({}, p.channels, 1, scratch), scratch);
+  const BySlot bias_numbers(p, read(bias, p.channels, 0, scratch), scratch);
+  args.mean = mean.data();
+  args.scale = scale.data();
+  args.bias = bias_numbers.data();
+  workers.run([&](const DepthwiseWorkspace& workspace, int64_t begin, int64_t end) {
+    kernels().forward(p, args, workspace, begin, end);
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x, Tensor conv_weight,
                                                         OptionalTensor weight, OptionalTensor bias, Tensor mean,
                                                         Tensor invstd, Integers stride, Integers padding,
@@ -280,5 +303,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
 
 STABLE_TORCH_LIBRARY_IMPL(deepops, CPU, m) {
   m.impl("depthwise_bn_act_train", TORCH_BOX(&deepops::train_cpu));
+  m.impl("depthwise_bn_act_eval", TORCH_BOX(&deepops::evaluate_cpu));
   m.impl("depthwise_bn_act_backward", TORCH_BOX(&deepops::backward_cpu));
 }

@@ -5,7 +5,7 @@
 // items are divided: a sum is one chain (packed_product.h).
 #include "lstm/cell.h"
 
-#include "lstm/packed_product.h"
+#include "lstm/gates.h"
 #include "lstm/rows.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -101,7 +101,7 @@ struct GateArithmetic {
 template <class T>
 void forward_of(const CellShape& p, const CellForward& args, int64_t begin, int64_t end) {
   using S = OpMath<T>;
-  TileSums<S> sums;
+  PanelSums<S> sums;
   for_items(p, begin, end, [&](int64_t block, int64_t first, int64_t last) {
     const S* const panel = static_cast<const S*>(args.packed) + block * (p.input + p.hidden) * kPanel;
     const GateArithmetic<T> arithmetic(p, args, block);
@@ -170,7 +170,7 @@ template <class T>
 void multiply_gradients(const CellShape& p, const void* grad_sums, const OpMath<T>* panels, int64_t panel,
                         int64_t columns, int64_t first, int64_t last, void* to) {
   using S = OpMath<T>;
-  TileSums<S> sums;
+  PanelSums<S> sums;
   const S* const rows_of_a = static_cast<const S*>(grad_sums);
   for_row_tiles<S>(first, last, [&](int64_t row, int64_t rows) {
     multiply(rows_of_a + row * p.gates(), p.gates(), rows, p.gates(), panels + panel * p.gates() * kPanel, sums.value,

@@ -4,7 +4,7 @@
 // row the gradients of the gates, then their product with W_hh for the step before. With layer norm a row takes one
 // more turn over its units for each of the two sums that its gradients need.
 #include "lstm/backward.h"
-#include "lstm/packed_product.h"
+#include "lstm/gates.h"
 #include "lstm/rows.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -136,7 +136,7 @@ class Backward : HasVariants<plain> {
     for (int64_t row = begin_; row < end_; ++row)
       for (int64_t column = 0; column < p.state; column += kLanes)
         store_part(grad_out(t, row) + column, head(t, row, column), p.state - column);
-    TileSums<S> sums;
+    PanelSums<S> sums;
     for (int64_t unit = 0; unit < p.hidden; unit += kPanel) {
       const S* const panel = static_cast<const S*>(a.weights.projection) + unit * p.state;
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {
@@ -253,7 +253,7 @@ class Backward : HasVariants<plain> {
 
   // The gradient of h of the step before: through W_hh, and what zoneout or the end of the sequence passed on.
   void multiply_back(int64_t t) const {
-    TileSums<S> sums;
+    PanelSums<S> sums;
     for (int64_t begin = 0; begin < p.state; begin += kPanel) {
       const S* const panel = static_cast<const S*>(a.weights.gates) + begin * p.gates();
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {

@@ -4,7 +4,7 @@
 // over the units: sums, whose statistics must be known before the gates; gates and cells; what the cells' statistics
 // make of them.
 #include "lstm/backward.h"
-#include "lstm/packed_product.h"
+#include "lstm/gates.h"
 #include "lstm/rows.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -117,7 +117,7 @@ class Forward : HasVariants<plain> {
   }
 
   void step(int64_t t) {
-    TileSums<S> sums;
+    PanelSums<S> sums;
     for (int64_t unit = 0; unit < p.hidden; unit += kLanes) {
       const S* const panel = static_cast<const S*>(a.weights.gates) + unit * kGates * p.state;
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {
@@ -217,7 +217,7 @@ class Forward : HasVariants<plain> {
   }
 
   void project(int64_t t) {
-    TileSums<S> sums;
+    PanelSums<S> sums;
     for (int64_t column = 0; column < p.state; column += kPanel) {
       const S* const panel = static_cast<const S*>(a.weights.projection) + column * p.hidden;
       for_row_tiles<S>(begin_, end_, [&](int64_t first, int64_t rows) {

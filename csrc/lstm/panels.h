@@ -1,12 +1,13 @@
-// Sizes of weights packed into panels of 64 columns (packed_product.h), for those who allocate them too.
+// Sizes of packed weights of gates: in a panel of 64 columns (core/packed_product.h) lie 16 hidden units, with their
+// columns of i, f, g and o side by side, so that the sums of a row are all that the gate arithmetic of these units
+// needs.
 #pragma once
-#include <cstdint>
+#include "core/panels.h"
 
 namespace deepops {
 
-inline constexpr int kPanelColumns = 64, kPanelUnits = kPanelColumns / 4;
+inline constexpr int kPanelUnits = kPanelColumns / 4;
 
-constexpr int64_t panels_of(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 constexpr int64_t unit_blocks_of(int64_t hidden) { return (hidden + kPanelUnits - 1) / kPanelUnits; }
 
 }  // namespace deepops

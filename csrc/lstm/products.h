@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/cpu_isa.h"
-#include "lstm/panels.h"
+#include "core/panels.h"
 
 namespace deepops {
 

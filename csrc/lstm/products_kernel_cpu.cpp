@@ -1,7 +1,7 @@
 // CPU kernels of the large products; compiled once per instruction set, raw pointers only.
 #include "lstm/products.h"
 
-#include "lstm/packed_product.h"
+#include "core/packed_product.h"
 #include "lstm/rows.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -35,9 +35,9 @@ void pack(const RowsProduct& p, const void* weight, bool transposed, int64_t beg
 
 template <class S>
 void rows_product(const RowsProduct& p, int64_t begin, int64_t end) {
-  constexpr int64_t kTile = TileShape<S>::kRows;
+  constexpr int64_t kTile = PanelTile<S>::kRows;
   const int64_t tiles = kCached / (p.size + 1) / kTile, at_once = kTile * (tiles < 2 ? 2 : tiles > 16 ? 16 : tiles);
-  TileSums<S> sums;
+  PanelSums<S> sums;
   for (int64_t block = begin; block < end; block += at_once)
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const S* const panel = static_cast<const S*>(p.panels) + column * p.size;

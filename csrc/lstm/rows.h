@@ -1,33 +1,13 @@
-// What the LSTM's CPU kernels share: parts of rows in lanes, rounding to the type of the data, random factors.
+// What the LSTM's CPU kernels share: rounding to the type of the data, random factors.
 //
 // Compiled once per instruction set; include it from kernel files only.
 #pragma once
-#include "core/lanes.h"
+#include "core/parts.h"
 #include "lstm/lstm.h"
 // after lanes.h, whose types the formulas are instantiated with
 #include "lstm/lstm_math.h"
 
 namespace deepops::DEEPOPS_ISA {
-
-template <class T>
-using LanesOf = Lanes<core::OpMath<T>>;
-
-// The first `count` of 16 values, 0 beyond.
-template <class T>
-LanesOf<T> load_part(const T* p, int64_t count) {
-  if (count >= kLanes) return load_lanes(p);
-  T values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return load_lanes(values);
-}
-
-template <class T>
-void store_part(T* p, const LanesOf<T>& value, int64_t count) {
-  if (count >= kLanes) return store_lanes(p, value);
-  T values[kLanes];
-  store_lanes(values, value);
-  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
-}
 
 // To the values that T has.
 template <class T>
@@ -110,8 +90,6 @@ RowStatistics<S> statistics_of(int64_t count, double eps, const EachPart& each_p
   });
   return {S(mean), S(1 / __builtin_sqrt(sum_of_lanes(squares) / double(count) + eps))};
 }
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One unit block's p_i, p_f, p_o.
 template <class S>

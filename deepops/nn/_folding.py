@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepops import _fused_conv
+from deepops._batch_norm_act import name_in_op
 from deepops._checks import (
     autocast_enabled,
     check_convolution,
@@ -18,10 +19,11 @@ from deepops._checks import (
     transforms_active,
 )
 from deepops._convolution import output_sizes, pad_explicitly, per_dimension
+from deepops._evaluation import depthwise_geometry, pointwise_applies
 from deepops._folding import conv_act, fold, scale_and_shift
 from deepops.nn._activation import Activation
 
-Fold = Callable[..., tuple[Tensor, Tensor]]  # fold or scale_and_shift
+Fold = Callable[..., tuple[Tensor, ...]]  # fold, fold_and_pack or scale_and_shift
 
 # Post-ops of oneDNN's fused convolution: name, scalars, algorithm.
 _POST_OPS: dict[str, tuple[str, list[float], str]] = {
@@ -49,16 +51,16 @@ class FoldedWeights:
         # What the weights were made from and the weights. The tensors themselves and, as aliases, their memory are kept
         # too, so that neither an id nor an address can be given to another one. A single attribute, so that threads
         # evaluating the same block see a consistent pair.
-        self._entry: tuple[Any, list[Tensor | None], dict[Fold, tuple[Tensor, Tensor]]] | None = None
+        self._entry: tuple[Any, list[Tensor | None], dict[Fold, tuple[Tensor, ...]]] | None = None
 
     def drop(self) -> None:
         """Forget the weights."""
         self._entry = None
 
-    def get(self, conv: Any, bn: _BatchNorm, how: Fold = fold) -> tuple[Tensor, Tensor]:
+    def get(self, conv: Any, bn: _BatchNorm, how: Fold = fold) -> tuple[Tensor, ...]:
         """``(weight, bias)`` of the convolution that does the work of both modules, in the dtype of ``conv``.
 
-        With ``scale_and_shift`` for ``how`` what that function gives.
+        With ``fold_and_pack`` or ``scale_and_shift`` for ``how`` what that function gives.
         """
         sources = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         if any(tensor is not None and tensor.is_inference() for tensor in sources):
@@ -74,7 +76,7 @@ class FoldedWeights:
             made = entry[2][how] = self._fold(how, *sources, bn.eps)
         return made
 
-    def _fold(self, how: Fold, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def _fold(self, how: Fold, *arguments: Any) -> tuple[Tensor, ...]:
         self.folds += 1
         with torch.no_grad():
             return how(*arguments)
@@ -86,6 +88,12 @@ class FoldedWeights:
     def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
         """Neither does a pickle hold it."""
         return FoldedWeights, ()
+
+
+def fold_and_pack(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fold``, and the weight once more in the order in which ``pointwise_bn_act_eval`` reads it."""
+    weight, bias = fold(*arguments)
+    return weight, bias, torch.ops.deepops.pointwise_bn_act_pack.default(weight.contiguous())
 
 
 def folds(x: Tensor, residual: Tensor | None, conv: Any, bn: _BatchNorm, activation: Activation) -> bool:
@@ -110,13 +118,52 @@ def folds(x: Tensor, residual: Tensor | None, conv: Any, bn: _BatchNorm, activat
 def folded_forward(
     x: Tensor,
     residual: Tensor | None,
+    weights: FoldedWeights,
+    conv: Any,
+    bn: _BatchNorm,
+    padding: Any,
+    activation: Activation,
+) -> Tensor:
+    """One convolution with folded weights: by our kernel, or oneDNN's with its post-op, where they apply."""
+    if pointwise_applies(x, conv.weight, conv.stride, padding, conv.groups):
+        return _pointwise(x, residual, weights, conv, bn, activation)
+    weight, bias = weights.get(conv, bn)
+    if residual is None and (
+        geometry := depthwise_geometry(x, weight, conv.stride, padding, conv.dilation, conv.groups)
+    ):
+        name = name_in_op(activation.name, activation.approximate)
+        y: Tensor = torch.ops.deepops.depthwise_bn_act_eval.default(
+            x, weight, bias, *geometry, name, activation.negative_slope
+        )
+        return y
+    return _by_onednn(x, residual, weight, bias, conv, padding, activation)
+
+
+def _pointwise(
+    x: Tensor, residual: Tensor | None, weights: FoldedWeights, conv: Any, bn: _BatchNorm, activation: Activation
+) -> Tensor:
+    channels_last = not x.is_contiguous()
+    weight, bias, *rest = weights.get(conv, bn, fold_and_pack if channels_last else fold)
+    packed = rest[0] if channels_last else None
+    if residual is not None:
+        _check_residual(residual, x, weight, conv, (0, 0))
+        residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    name = name_in_op(activation.name, activation.approximate)
+    y: Tensor = torch.ops.deepops.pointwise_bn_act_eval.default(
+        x, weight.contiguous(), packed, bias, residual, conv.stride, name, activation.negative_slope
+    )
+    return y
+
+
+def _by_onednn(
+    x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     conv: Any,
     padding: Any,
     activation: Activation,
 ) -> Tensor:
-    """One convolution with folded weights, with oneDNN's post-op where it applies."""
     if not _has_post_ops(x):
         return conv_act(x, weight, bias, None, conv.stride, padding, conv.dilation, conv.groups, *activation)
     if isinstance(padding, str):
@@ -155,10 +202,8 @@ def fused_forward(
         (bn.running_mean, bn.running_var, None),
         (conv.stride, padding, conv.dilation, conv.groups),
         (False, bn.momentum, bn.eps, *activation, None),
-        scaled=lambda: folded.get(conv, bn, scale_and_shift),
-        folded=(lambda: folded_forward(x, residual, *folded.get(conv, bn), conv, padding, activation))
-        if as_one
-        else None,
+        scaled=lambda: folded.get(conv, bn, scale_and_shift),  # type: ignore[arg-type, return-value]
+        folded=(lambda: folded_forward(x, residual, folded, conv, bn, padding, activation)) if as_one else None,
     )
 
 
