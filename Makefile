@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCHES ?= 2.11.0 2.13.0 2.14.1
 ARGS ?=
+# Processes of make test: each takes 1 to 2 GB.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,13 +25,15 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "  Options: ARGS='...' passes on to the command, TORCH=$(TORCH), PYTHON=$(PYTHON)"
+	@echo "  Options: ARGS='...' passes on to the command, TORCH=$(TORCH), PYTHON=$(PYTHON), WORKERS=$(WORKERS)"
 
 train: $(BUILD_STAMP) ## train the course CNN on real digits, stock PyTorch beside deepops
 	$(BIN)/deepops train $(ARGS)
 
-test: $(BUILD_STAMP) $(VENV)/.test ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+# A worker takes whole files, in the order of tests/conftest.py: what they share is made once. Threads of OpenMP that
+# spin while they wait would take the cores from the other workers.
+test: $(BUILD_STAMP) $(VENV)/.test ## run all tests, in several processes
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(BUILD_STAMP) ## time everything; rewrites benchmarks/results/*.csv and the table in README.md
 	$(BIN)/python -m benchmarks.run $(ARGS)

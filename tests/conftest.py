@@ -24,6 +24,24 @@ def _require(backend: str) -> None:
         pytest.skip(reason)
 
 
+# Files that take long, the longest first: where several processes share the files, none is to be left alone with one of
+# these in the end.
+LONGEST = (
+    "test_sanitized.py",
+    "test_packaging.py",
+    "test_lstm_op.py",
+    "test_batch_norm_act_values.py",
+    "test_train.py",
+    "test_lstm.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first, in every process alike."""
+    places = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test per backend, on the same cases; see backends.py."""

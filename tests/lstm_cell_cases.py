@@ -7,7 +7,7 @@ weights and biases are products of what the backward op returns, here in fp64: n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import backends
@@ -177,23 +177,34 @@ def op_results(case: Case) -> dict[str, Tensor]:
     return {name: result.to(case.h.dtype) for name, result in results.items()}
 
 
+class Expected(NamedTuple):
+    """What the results of a case are judged by."""
+
+    oracle: dict[str, Tensor]
+    stock: dict[str, Tensor]
+
+
+@use_threads(1)
+def expected_of(case: Case) -> Expected:
+    return Expected(differentiate(to_double_case(case)), stock_results(case))
+
+
 class CellPools:
     """One ``ErrorPool`` per result over all cases of a test."""
 
     def __init__(self) -> None:
         self.pools: dict[str, ErrorPool] = {}
 
-    def add(self, case: Case, name: str = "") -> None:
-        """Run the ops on ``case`` and take in all errors."""
+    def add(self, case: Case, name: str = "", expected: Expected | None = None) -> None:
+        """Run the ops on ``case`` and take in all errors; ``expected`` spares computing it again."""
         actual = op_results(case)
-        with use_threads(1):
-            oracle, stock = differentiate(to_double_case(case)), stock_results(case)
+        oracle, stock = expected or expected_of(case)
         assert set(actual) == set(oracle) == set(stock)
-        for key, expected in oracle.items():
+        for key, exact in oracle.items():
             pool = self.pools.setdefault(f"{case.h.dtype} {key}", ErrorPool())
             # Gates, states and gradients are numbers around 1: what is smaller is left over from sums of such.
-            scale = max(1.0, expected.abs().nan_to_num().max().item()) if expected.numel() else None
-            pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scale)
+            scale = max(1.0, exact.abs().nan_to_num().max().item()) if exact.numel() else None
+            pool.add(actual[key], stock[key], exact, name=f"{name} {key}".strip(), scale=scale)
 
     def check(self) -> None:
         for pool in self.pools.values():

@@ -100,9 +100,9 @@ def test_a_replay_needs_no_clean_memory(layout):
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_bytes_and_coalescing(residual, layout):
     """One read of the data: at most 1.02 times the tensors' bytes, in 16-byte accesses, without bank conflicts."""
-    case = make_case((8, 64, 56, 56), torch.float32, FORMATS[layout], residual=residual)
+    case = make_case((4, 16, 56, 56), torch.float32, FORMATS[layout], residual=residual)
     size = case.x.numel() * case.x.element_size()
-    with simt.device(multiprocessors=24, shared_bytes=1 << 20):
+    with simt.device(multiprocessors=6, shared_bytes=1 << 20):
         with simt.counting() as forward:
             y, mean, invstd = train(case.clone())
         with simt.counting() as backwards:

@@ -38,7 +38,9 @@ def cuts(count: int) -> list[tuple[int, ...]]:
 def test_parts_give_what_the_whole_batch_gives(residual, dtype, layout):
     pools = Pools()
     for shape in SHAPES[:4]:
-        for activation in ACTIVATIONS if shape == SHAPES[1] else ("silu",):
+        for i, activation in enumerate(ACTIVATIONS if shape == SHAPES[1] else ("silu",)):
+            if backends.current == "simt" and (i + DTYPES.index(dtype)) % 2 and shape == SHAPES[1]:
+                continue  # each in two of the dtypes
             case = make_case(shape, dtype, LAYOUTS[layout], activation=activation, residual=residual, mean=2.0)
             for sizes in cuts(shape[0]) if shape == SHAPES[0] else cuts(shape[0])[1:2]:
                 actual = join(case, results_of_parts(case, sizes))
@@ -49,9 +51,11 @@ def test_parts_give_what_the_whole_batch_gives(residual, dtype, layout):
 @pytest.mark.parametrize("name", FORMATS)
 @each_dtype
 def test_one_part_has_the_bits_of_the_whole_op(dtype, name):
-    """An empty part beside it changes none."""
+    """An empty part beside it changes none. On the executor the shapes take turns in dtypes and formats."""
     dims, memory_format = FORMATS[name]
     for i, shape in enumerate(SHAPES):
+        if backends.current == "simt" and (i + DTYPES.index(dtype) + [*FORMATS].index(name)) % 2:
+            continue
         shape = (*shape, 2)[:dims]
         residual, activation = i % 2 == 0, ACTIVATIONS[i]
         momentum = None if i == 1 else 0.1

@@ -236,8 +236,9 @@ def test_units_that_a_block_takes_in_turns():
     """Layer norm of rows with more units than a block has threads: in packs, and element by element."""
     pools = LstmPools()
     sizes = {torch.float32: (1032, 301), torch.float64: (520, 259), torch.float16: (2064, 259)}
-    for (dtype, hiddens), peephole in product(sizes.items(), (False, True)):
-        for hidden in hiddens:
+    for i, (dtype, hiddens) in enumerate(sizes.items()):
+        for j, hidden in enumerate(hiddens):
+            peephole = (i + j) % 2 == 0
             case = make_case(3, 2, hidden, dtype, layer_norm=True, peephole=peephole, zoneout_h=0.2, zoneout_c=0.1)
             pools.add(case, f"{dtype} {hidden}")
     pools.check()

@@ -14,6 +14,7 @@ can only be loaded where the sanitizer came first: :func:`sanitized_environment`
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import json
 import os
@@ -57,10 +58,13 @@ def build(target: str, sanitizer: str = "none") -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=_path())}",
     ]
-    for command in (configure, ["cmake", "--build", folder, "--target", target]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"building {target} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may want the same; it then finds everything built
+        for command in (configure, ["cmake", "--build", folder, "--target", target]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"building {target} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder / (f"{target}.so" if target == "_simt" else target)
 
 
