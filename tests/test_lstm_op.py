@@ -42,8 +42,8 @@ if not has_kernel("lstm_sequence", "cpu"):
 SIZES: list[dict[str, int]] = [
     {"hidden": 1, "batch": 40},
     {"hidden": 3, "batch": 20},
-    {"hidden": 16, "batch": 1, "steps": 12},
-    {"hidden": 17, "batch": 7, "steps": 7},
+    {"hidden": 16, "batch": 1, "steps": 30},
+    {"hidden": 17, "batch": 7, "steps": 11},
     {"hidden": 64, "batch": 13, "steps": 6},
     {"hidden": 127, "batch": 6},
     {"hidden": 129, "batch": 6, "steps": 3},
