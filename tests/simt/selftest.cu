@@ -125,16 +125,6 @@ DEEPOPS_KERNEL(kThreads) reverse_twice(const float* x, float* y, Bug bug) {
   gpu::store(y + at, value + 0 * wide.load(gpu::thread() / 32));
 }
 
-// y = sums of rows of x [4, 32], one less for the last lane: which loads belong together is told by the barriers.
-DEEPOPS_KERNEL(gpu::kWarp) uneven(const float* x, float* y) {
-  float sum = 0;
-  for (int turn = 0; turn < 2; ++turn) {
-    for (int i = gpu::lane() == 31 ? 1 : 0; i < 2; ++i) sum += gpu::load(x + (2 * turn + i) * gpu::kWarp + gpu::lane());
-    gpu::warp_barrier();
-  }
-  gpu::store(y + gpu::lane(), sum);
-}
-
 DEEPOPS_KERNEL(kThreads) greedy(float* y) {
   DEEPOPS_SHARED(double, values, 8192);
   values.store(gpu::thread(), 1.0);
@@ -266,14 +256,6 @@ void run(Bug bug) {
     gpu::launch("reverse_twice", reverse_twice, 3, kThreads, 0, x.data(), y.data(), bug);
     expect(x == y, "reverse_twice");
     if (bug == Bug::too_much_shared_memory) gpu::launch("greedy", greedy, 1, kThreads, 0, y.data());
-  }
-  {
-    alignas(32) static float x[4 * gpu::kWarp], y[gpu::kWarp];
-    for (float& value : x) value = 1;
-    gpu::launch("uneven", uneven, 1, gpu::kWarp, 0, x, y);
-    bool right = true;
-    for (int l = 0; l < gpu::kWarp; ++l) right &= y[l] == (l == 31 ? 2 : 4);
-    expect(right, "uneven");
   }
   {
     const int64_t n = 7 * kThreads + 5;
