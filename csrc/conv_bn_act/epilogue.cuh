@@ -134,8 +134,9 @@ DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Share
                                   int first_column) {
   using Packs = TilePacks<T, kThreads, kColumns, kPitch>;
   constexpr int V = Packs::V;
-  // Packs of the residual that are on their way at the same time; few where the sums fill the registers.
-  constexpr int kTogether = kColumns > 64 ? 2 : 4;
+  // Packs of the residual that are on their way at the same time; few where sums that are still to come fill the
+  // registers.
+  constexpr int kTogether = kColumns > 64 ? 1 : kColumns > 32 ? 2 : 4;
   static_assert(Rows::kRows % (kTogether * Packs::kStep) == 0);
   const int columns = args.problem.out_channels;
   DEEPOPS_SHARED(float, affine, 2 * kColumns);
