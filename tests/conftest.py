@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import backends
 import optim_cases
@@ -10,8 +10,10 @@ import pytest
 import simt
 import torch
 from cli_tools import write_idx
+from fused_conv_cases import Exact
 
-from deepops import _library, testing
+import deepops.backends
+from deepops import _conv_choice, _conv_problem, _library, testing
 from deepops.optim._base import FusedStep
 
 
@@ -67,6 +69,39 @@ def step_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
         optim_cases.attach_simt()
         monkeypatch.setattr(FusedStep, "_backend", optim_cases.SimtAdam._backend)
     return backend
+
+
+@pytest.fixture
+def on_conv_executor(on_simt: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks on CPU tensors behave as on a GPU, and their own convolution is the one that they use."""
+    monkeypatch.setattr(_conv_problem, "executor", torch.ops.deepops_simt)
+    monkeypatch.setattr(deepops.backends, "conv", "fused")
+
+
+@pytest.fixture
+def exact_conv(monkeypatch: pytest.MonkeyPatch) -> Exact:
+    """The same with torch's operations in place of the kernels."""
+    ops = Exact()
+    monkeypatch.setattr(_conv_problem, "executor", ops)
+    monkeypatch.setattr(deepops.backends, "conv", "fused")
+    return ops
+
+
+@pytest.fixture
+def timed_conv(exact_conv: Exact, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Under "auto", with a clock by which the two ways take what it says."""
+    times = {"fused": 1.0, "aten": 2.0}
+
+    def timer(call: Callable[[], object], device: torch.device) -> float:
+        before = len(exact_conv.calls)
+        call()
+        return times["fused" if len(exact_conv.calls) > before else "aten"]
+
+    monkeypatch.setattr(deepops.backends, "conv", "auto")
+    monkeypatch.setattr(_conv_choice, "timer", timer)
+    monkeypatch.setattr(_conv_choice, "_measured", {})
+    monkeypatch.setattr(_conv_choice, "_left_to_torch", set())
+    return times
 
 
 @pytest.fixture(autouse=True)

@@ -187,12 +187,13 @@ class _ConvBNAct(nn.Module):
         return "global module hooks are set" if _has_any_global_hook() else None  # type: ignore[no-untyped-call]
 
     def _explain(self) -> str:
+        reason = self._plain_reason(self._modules["conv"], self._modules["bn"])
+        if reason is not None:  # then even a look at the weight may change it: spectral_norm counts them
+            return f"not fused, calls its submodules one by one: {reason}"
         return "\n  ".join([self._way(), *_fused_conv.explain(self.conv)])
 
     def _way(self) -> str:
-        reason = self._plain_reason(self._modules["conv"], self._modules["bn"])
-        if reason is not None:
-            return f"not fused, calls its submodules one by one: {reason}"
+        """Of a layer that is fused."""
         device = self.conv.weight.device.type
         depthwise = 1 < self.conv.groups == self.conv.in_channels == self.conv.out_channels
         one_pass = f"torch's convolution, then batch norm + {self.activation} in one pass"
