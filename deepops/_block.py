@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,9 @@ class ConvBatchNormAct(torch.autograd.Function):
             conv_weight = conv_weight.contiguous()
         tensors = (x, conv_weight, weight, bias, shift)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            y: Tensor = cls.apply(*tensors, *statistics, cls, options)  # type: ignore[no-untyped-call]
-            return y
+            # Function.apply first asks whether torch.func is at work. fit, without which nobody comes here, has asked.
+            apply: Callable[..., Tensor] = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+            return apply(*tensors, *statistics, cls, options)
         return cls.train(x, conv_weight, weight, bias, statistics, options, False)[0]
 
     @staticmethod
