@@ -1,52 +1,50 @@
-"""Cases of the ``depthwise_bn_act`` op tests: data, stock PyTorch, the fp64 oracle, and calls of the two ops.
-
-As in ``bn_cases``, ``grad_y`` is 0 where the pre-activation lies so near a kink that the branch is not sure.
-"""
+"""Cases of the ``depthwise_bn_act`` op tests, and calls of the two ops; the rest is in ``block_cases.py``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import backends
 import torch
 import torch.nn.functional as F
-from bn_cases import KINKS, MARGIN, Pools
+from block_cases import BlockCase, BlockPools, named, oracle_results, random_case, results_of
 from torch import Tensor
 
 from deepops import reference
-from deepops.testing import ErrorPool, to_double, use_threads
 
-GRADIENTS = ("x", "conv_weight", "weight", "bias")
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+__all__ = ["Case", "DepthwisePools", "backward", "make_case", "op_results", "oracle_results", "train"]
 
 
-@dataclass
-class Case:
-    """Everything a call needs."""
+@dataclass(kw_only=True)
+class Case(BlockCase):
+    """conv_weight is [C, 1, R, S]; everything is channels_last."""
 
-    x: Tensor  # [N, C, H, W], channels_last
-    conv_weight: Tensor  # [C, 1, R, S]
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
     stride: list[int]
-    padding: list[int]
+    padding: list[int]  # top, bottom, left, right
     dilation: list[int]
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    activation: str = "relu"
-    negative_slope: float = 0.01
-    grad_y: Tensor | None = None
 
-    def clone(self) -> Case:
-        """Fresh copies of what the op updates in place."""
-        return replace(self, **{n: None if (t := getattr(self, n)) is None else t.clone() for n in BUFFERS})
+    TERMS = [0, 2, 3]  # noqa: RUF012
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last
+
+    def padded(self, x: Tensor) -> Tensor:
+        top, bottom, left, right = self.padding
+        return F.pad(x, [left, right, top, bottom])
+
+    def convolution(self, x: Tensor, conv_weight: Tensor) -> Tensor:
+        return F.conv2d(x, conv_weight, None, self.stride, 0, self.dilation, x.size(1))
+
+    def reference(self) -> Tensor:
+        return reference.depthwise_bn_act(
+            self.x, self.conv_weight, self.weight, self.bias, self.stride, self.padding, self.dilation, self.eps,
+            self.running_mean, self.running_var, self.num_batches_tracked, self.momentum,
+            activation=self.activation, negative_slope=self.negative_slope,
+        )  # fmt: skip
 
 
-@use_threads(1)
 def make_case(
     shape: tuple[int, int, int, int],
     filter_size: tuple[int, int] = (3, 3),
@@ -55,85 +53,11 @@ def make_case(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int, int, int] = (1, 1, 1, 1),
     dilation: tuple[int, int] = (1, 1),
-    mean: float = 0.0,
-    deviation: float = 1.0,
-    affine: bool = True,
     **options: Any,
 ) -> Case:
-    """Build a random case; its pre-activations reach across all kinks."""
-    channels, device = shape[1], backends.device()
-
-    def stored(values: Tensor) -> Tensor:
-        return values.to(dtype).to(device)
-
-    def per_channel(low: float, high: float) -> Tensor:
-        return stored(torch.rand(channels, dtype=torch.float64) * (high - low) + low)
-
-    case = Case(
-        x=stored(torch.randn(shape, dtype=torch.float64) * deviation + mean).contiguous(
-            memory_format=torch.channels_last
-        ),
-        conv_weight=stored(torch.randn(channels, 1, *filter_size, dtype=torch.float64)),
-        weight=per_channel(-3.0, 3.0) if affine else None,
-        bias=per_channel(-1.0, 3.0) if affine else None,
-        running_mean=per_channel(-0.5, 0.5),
-        running_var=per_channel(0.5, 4.0),
-        num_batches_tracked=torch.tensor(3, device=device),
-        stride=list(stride),
-        padding=list(padding),
-        dilation=list(dilation),
-        **options,
-    )
-    z = reference_forward(replace(to_double_case(case), activation="identity"))
-    sure = torch.ones(z.shape, dtype=torch.bool, device=device)
-    for kink in KINKS.get(case.activation, ()):
-        sure &= (z - kink).abs() > MARGIN[dtype] * max(1.0, abs(mean) / deviation / 10)
-    grad_y = torch.randn(z.shape, dtype=torch.float64).to(device) * sure
-    return replace(case, grad_y=stored(grad_y).contiguous(memory_format=torch.channels_last))
-
-
-def to_double_case(case: Case) -> Case:
-    return Case(**to_double(vars(case)))
-
-
-def reference_forward(case: Case) -> Tensor:
-    return reference.depthwise_bn_act(
-        case.x, case.conv_weight, case.weight, case.bias, case.stride, case.padding, case.dilation, case.eps,
-        case.running_mean, case.running_var, case.num_batches_tracked, case.momentum,
-        activation=case.activation, negative_slope=case.negative_slope,
-    )  # fmt: skip
-
-
-def stock_forward(case: Case) -> Tensor:
-    """PyTorch's own layers in sequence, NCHW: its channels_last batch norm is far less accurate."""
-    momentum = case.momentum
-    if case.num_batches_tracked is not None:
-        case.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(case.num_batches_tracked) if momentum is None else momentum
-    top, bottom, left, right = case.padding
-    x = F.pad(case.x.contiguous(), [left, right, top, bottom])
-    z = F.conv2d(x, case.conv_weight, None, case.stride, 0, case.dilation, x.size(1))
-    z = F.batch_norm(z, case.running_mean, case.running_var, case.weight, case.bias, True, momentum or 0.0, case.eps)
-    return reference.activation(z, case.activation, case.negative_slope)
-
-
-def differentiate(forward: Any, case: Case) -> dict[str, Tensor]:
-    """``y``, the gradients, and the running statistics after the call, by autograd."""
-    case = case.clone()
-    leaves = {n: t.detach().clone().requires_grad_() for n in GRADIENTS if (t := getattr(case, n)) is not None}
-    case = replace(case, **leaves)
-    y = forward(case)
-    gradients = torch.autograd.grad(y, list(leaves.values()), case.grad_y)
-    results = {"y": y.detach(), **{f"grad_{n}": g for n, g in zip(leaves, gradients, strict=True)}}
-    return {**results, **{n: t for n in BUFFERS if (t := getattr(case, n)) is not None}}
-
-
-def oracle_results(case: Case) -> dict[str, Tensor]:
-    return differentiate(reference_forward, to_double_case(case))
-
-
-def stock_results(case: Case) -> dict[str, Tensor]:
-    return differentiate(stock_forward, case)
+    """Build a random case; ``options`` are those of ``random_case``."""
+    geometry = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
+    return random_case(Case, shape, (shape[1], 1, *filter_size), dtype, **geometry, **options)
 
 
 def train(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,54 +77,18 @@ def backward(
         case.grad_y, case.x, case.conv_weight, case.weight, case.bias, mean, invstd, case.stride, case.padding,
         case.dilation, case.activation, case.negative_slope, *need,
     )  # fmt: skip
-    wanted = (*need, need[2])
-    for name, gradient, want in zip(GRADIENTS, gradients, wanted, strict=True):
-        assert want or gradient.numel() == 0, f"{name} was not asked for, yet has {gradient.numel()} elements"
-    return {f"grad_{n}": g for n, g, want in zip(GRADIENTS, gradients, wanted, strict=True) if want}
+    return named(gradients, need)
 
 
 def op_results(case: Case) -> dict[str, Tensor]:
     """What ``oracle_results`` and ``stock_results`` return, from the compiled ops."""
     case = case.clone()
     y, mean, invstd = train(case)
-    gradients = backward(case, mean, invstd)
-    results = {"y": y, **{n: g for n, g in gradients.items() if getattr(case, n.removeprefix("grad_")) is not None}}
-    return {**results, **{n: t for n in BUFFERS if (t := getattr(case, n)) is not None}}
+    return results_of(case, y, backward(case, mean, invstd))
 
 
-class DepthwisePools(Pools):
-    """One ``ErrorPool`` per result over all cases of a test."""
+class DepthwisePools(BlockPools):
+    """Over cases of this module."""
 
-    def add(self, case: Case, name: str = "") -> None:  # type: ignore[override]
-        """Run the ops on ``case`` and take in all errors."""
-        actual = op_results(case)
-        with use_threads(1):
-            oracle, stock = oracle_results(case), stock_results(case)
-        assert set(actual) == set(oracle) == set(stock)
-        for key, expected in oracle.items():
-            if key == "num_batches_tracked":
-                assert actual[key].item() == expected.item(), f"{name} {key}"
-                continue
-            assert actual[key].dtype == case.x.dtype
-            if key in ("y", "grad_x"):
-                assert actual[key].is_contiguous(memory_format=torch.channels_last), f"{name} {key}"
-            scale = gradient_scale(case, key)
-            pool = self.pools.setdefault(key, ErrorPool())
-            pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scale)
-
-
-def gradient_scale(case: Case, key: str) -> float | None:
-    """Size to measure errors of a sum against where its terms may cancel: that of what is added up."""
-    assert case.grad_y is not None
-    size = case.grad_y.double().square().sum([0, 2, 3]).sqrt()
-    if key == "grad_conv_weight":
-        plain = to_double_case(case)
-        top, bottom, left, right = case.padding
-        x = F.pad(plain.x, [left, right, top, bottom])
-        z = F.conv2d(x, plain.conv_weight, None, case.stride, 0, case.dilation, x.size(1))
-        slope = (z.var([0, 2, 3], correction=0) + case.eps).rsqrt()
-        size = size * slope * x.square().mean([0, 2, 3]).sqrt()
-        size = size if case.weight is None else size * case.weight.double().abs()
-    elif key not in ("grad_weight", "grad_bias"):
-        return None
-    return size.max().item() or 1.0
+    def __init__(self) -> None:
+        super().__init__(op_results)

@@ -1,127 +1,41 @@
-"""Cases of the ``pointwise_bn_act`` op tests: data, stock PyTorch, the fp64 oracle, and calls of the two ops.
-
-As in ``bn_cases``, ``grad_y`` is 0 where the pre-activation lies so near a kink that the branch is not sure.
-"""
+"""Cases of the ``pointwise_bn_act`` op tests, and calls of the two ops; the rest is in ``block_cases.py``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import backends
 import torch
 import torch.nn.functional as F
-from bn_cases import KINKS, MARGIN, Pools
+from block_cases import BlockCase, BlockPools, named, oracle_results, random_case, results_of
 from torch import Tensor
 
 from deepops import reference
-from deepops._autograd import memory_format_of
-from deepops.testing import ErrorPool, to_double, use_threads
 
-GRADIENTS = ("x", "conv_weight", "weight", "bias")
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+__all__ = ["Case", "PointwisePools", "backward", "make_case", "op_results", "oracle_results", "train"]
 
 
-@dataclass
-class Case:
-    """Everything a call needs."""
+@dataclass(kw_only=True)
+class Case(BlockCase):
+    """conv_weight is [K, C, 1, 1]; x and y are channels_last or contiguous."""
 
-    x: Tensor  # [N, C, H, W], channels_last or contiguous
-    conv_weight: Tensor  # [K, C, 1, 1]
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    activation: str = "relu"
-    negative_slope: float = 0.01
-    grad_y: Tensor | None = None
+    TERMS = [0, 1, 2, 3]  # noqa: RUF012
 
-    def clone(self) -> Case:
-        """Fresh copies of what the op updates in place."""
-        return replace(self, **{n: None if (t := getattr(self, n)) is None else t.clone() for n in BUFFERS})
+    def convolution(self, x: Tensor, conv_weight: Tensor) -> Tensor:
+        return F.conv2d(x, conv_weight)
+
+    def reference(self) -> Tensor:
+        return reference.pointwise_bn_act(
+            self.x, self.conv_weight, self.weight, self.bias, self.eps, self.running_mean, self.running_var,
+            self.num_batches_tracked, self.momentum, activation=self.activation, negative_slope=self.negative_slope,
+        )  # fmt: skip
 
 
-@use_threads(1)
 def make_case(
-    shape: tuple[int, int, int, int],
-    channels: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    mean: float = 0.0,
-    deviation: float = 1.0,
-    affine: bool = True,
-    layout: torch.memory_format = torch.channels_last,
-    **options: Any,
+    shape: tuple[int, int, int, int], channels: int, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Case:
-    """Build a random case; its pre-activations reach across all kinks."""
-    device = backends.device()
-
-    def stored(values: Tensor) -> Tensor:
-        return values.to(dtype).to(device)
-
-    def per_channel(low: float, high: float) -> Tensor:
-        return stored(torch.rand(channels, dtype=torch.float64) * (high - low) + low)
-
-    case = Case(
-        x=stored(torch.randn(shape, dtype=torch.float64) * deviation + mean).contiguous(memory_format=layout),
-        conv_weight=stored(torch.randn(channels, shape[1], 1, 1, dtype=torch.float64)),
-        weight=per_channel(-3.0, 3.0) if affine else None,
-        bias=per_channel(-1.0, 3.0) if affine else None,
-        running_mean=per_channel(-0.5, 0.5),
-        running_var=per_channel(0.5, 4.0),
-        num_batches_tracked=torch.tensor(3, device=device),
-        **options,
-    )
-    z = reference_forward(replace(to_double_case(case), activation="identity"))
-    sure = torch.ones(z.shape, dtype=torch.bool, device=device)
-    for kink in KINKS.get(case.activation, ()):
-        sure &= (z - kink).abs() > MARGIN[dtype] * max(1.0, abs(mean) / deviation / 10)
-    grad_y = torch.randn(z.shape, dtype=torch.float64).to(device) * sure
-    return replace(case, grad_y=stored(grad_y).contiguous(memory_format=layout))
-
-
-def to_double_case(case: Case) -> Case:
-    return Case(**to_double(vars(case)))
-
-
-def reference_forward(case: Case) -> Tensor:
-    return reference.pointwise_bn_act(
-        case.x, case.conv_weight, case.weight, case.bias, case.eps, case.running_mean, case.running_var,
-        case.num_batches_tracked, case.momentum, activation=case.activation, negative_slope=case.negative_slope,
-    )  # fmt: skip
-
-
-def stock_forward(case: Case) -> Tensor:
-    """PyTorch's own layers in sequence, NCHW: its channels_last batch norm is far less accurate."""
-    momentum = case.momentum
-    if case.num_batches_tracked is not None:
-        case.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(case.num_batches_tracked) if momentum is None else momentum
-    z = F.conv2d(case.x.contiguous(), case.conv_weight)
-    z = F.batch_norm(z, case.running_mean, case.running_var, case.weight, case.bias, True, momentum or 0.0, case.eps)
-    return reference.activation(z, case.activation, case.negative_slope)
-
-
-def differentiate(forward: Any, case: Case) -> dict[str, Tensor]:
-    """``y``, the gradients, and the running statistics after the call, by autograd."""
-    case = case.clone()
-    leaves = {n: t.detach().clone().requires_grad_() for n in GRADIENTS if (t := getattr(case, n)) is not None}
-    case = replace(case, **leaves)
-    y = forward(case)
-    gradients = torch.autograd.grad(y, list(leaves.values()), case.grad_y)
-    results = {"y": y.detach(), **{f"grad_{n}": g for n, g in zip(leaves, gradients, strict=True)}}
-    return {**results, **{n: t for n in BUFFERS if (t := getattr(case, n)) is not None}}
-
-
-def oracle_results(case: Case) -> dict[str, Tensor]:
-    return differentiate(reference_forward, to_double_case(case))
-
-
-def stock_results(case: Case) -> dict[str, Tensor]:
-    return differentiate(stock_forward, case)
+    """Build a random case; ``options`` are those of ``random_case``."""
+    return random_case(Case, shape, (channels, shape[1], 1, 1), dtype, **options)
 
 
 Kept = list[Tensor]  # mean, invstd, moments, bits
@@ -142,52 +56,18 @@ def backward(case: Case, kept: Kept, need: tuple[bool, bool, bool] = (True, True
         case.grad_y, case.x, case.conv_weight, case.weight, case.bias, *kept, case.activation, case.negative_slope,
         *need,
     )  # fmt: skip
-    wanted = (*need, need[2])
-    for name, gradient, want in zip(GRADIENTS, gradients, wanted, strict=True):
-        assert want or gradient.numel() == 0, f"{name} was not asked for, yet has {gradient.numel()} elements"
-    return {f"grad_{n}": g for n, g, want in zip(GRADIENTS, gradients, wanted, strict=True) if want}
+    return named(gradients, need)
 
 
 def op_results(case: Case) -> dict[str, Tensor]:
     """What ``oracle_results`` and ``stock_results`` return, from the compiled ops."""
     case = case.clone()
     y, kept = train(case)
-    gradients = backward(case, kept)
-    results = {"y": y, **{n: g for n, g in gradients.items() if getattr(case, n.removeprefix("grad_")) is not None}}
-    return {**results, **{n: t for n in BUFFERS if (t := getattr(case, n)) is not None}}
+    return results_of(case, y, backward(case, kept))
 
 
-class PointwisePools(Pools):
-    """One ``ErrorPool`` per result over all cases of a test."""
+class PointwisePools(BlockPools):
+    """Over cases of this module."""
 
-    def add(self, case: Case, name: str = "") -> None:  # type: ignore[override]
-        """Run the ops on ``case`` and take in all errors."""
-        actual = op_results(case)
-        with use_threads(1):
-            oracle, stock = oracle_results(case), stock_results(case)
-        assert set(actual) == set(oracle) == set(stock)
-        for key, expected in oracle.items():
-            if key == "num_batches_tracked":
-                assert actual[key].item() == expected.item(), f"{name} {key}"
-                continue
-            assert actual[key].dtype == case.x.dtype
-            if key in ("y", "grad_x"):
-                assert actual[key].is_contiguous(memory_format=memory_format_of(case.x)), f"{name} {key}"
-            scale = gradient_scale(case, key)
-            pool = self.pools.setdefault(key, ErrorPool())
-            pool.add(actual[key], stock[key], expected, name=f"{name} {key}".strip(), scale=scale)
-
-
-def gradient_scale(case: Case, key: str) -> float | None:
-    """Size to measure errors of a sum against where its terms may cancel: that of what is added up."""
-    assert case.grad_y is not None
-    size = case.grad_y.double().square().sum([0, 2, 3]).sqrt()
-    if key == "grad_conv_weight":
-        plain = to_double_case(case)
-        z = F.conv2d(plain.x, plain.conv_weight)
-        slope = (z.var([0, 2, 3], correction=0) + case.eps).rsqrt()
-        size = size * slope * plain.x.square().mean().sqrt()
-        size = size if case.weight is None else size * case.weight.double().abs()
-    elif key not in ("grad_weight", "grad_bias"):
-        return None
-    return size.max().item() or 1.0
+    def __init__(self) -> None:
+        super().__init__(op_results)
