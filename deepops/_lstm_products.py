@@ -28,8 +28,8 @@ def input_gates(x: Tensor, weights: Weights, eps: float) -> tuple[Tensor, list[T
         return product(rows, weight, bias, transposed=True).view(shape), [None] * 3
     a = product(rows, weight, transposed=True).to(x.dtype)  # rounded, as it is kept
     scale = weights.weight_ln_ih.to(dtype)
-    gates, mean, invstd = torch.native_layer_norm(a.to(dtype), [weight.size(0)], scale, None, eps)
-    return (gates if bias is None else gates + bias).view(shape), [a, mean, invstd]
+    gates, mean, invstd = torch.native_layer_norm(a.to(dtype), [weight.size(0)], scale, bias, eps)
+    return gates.view(shape), [a, mean, invstd]
 
 
 def ours_is_faster(rows: Tensor, columns: int) -> bool:

@@ -233,9 +233,12 @@ class Forward : HasVariants<plain> {
   void normalized(int64_t t, int64_t row) {
     const S* const sums = row_gates(row);
     const RowStatistics<S> r = statistics_of<S>(p.gates(), p.layer_norm_eps, [&](const auto& use) {
-      for (int64_t unit = 0; unit < p.hidden; unit += kLanes)
-        for (int gate = 0; gate < kGates; ++gate)
-          use(load_lanes(sums + unit * kGates + gate * kLanes), p.hidden - unit);
+      for (int64_t unit = 0; unit < p.hidden; unit += kLanes) {
+        const S* const at = sums + unit * kGates;
+        const V gates[] = {load_lanes(at), load_lanes(at + kLanes), load_lanes(at + 2 * kLanes),
+                           load_lanes(at + 3 * kLanes)};
+        use(gates, p.hidden - unit);
+      }
     });
     S* const outputs = row_out(row);
     S* const cells = row_cell(row);
@@ -253,7 +256,10 @@ class Forward : HasVariants<plain> {
       store_lanes(outputs + unit, o);
     }
     const RowStatistics<S> c = statistics_of<S>(p.hidden, p.layer_norm_eps, [&](const auto& use) {
-      for (int64_t unit = 0; unit < p.hidden; unit += kLanes) use(load_lanes(cells + unit), p.hidden - unit);
+      for (int64_t unit = 0; unit < p.hidden; unit += kLanes) {
+        const V cell[] = {load_lanes(cells + unit)};
+        use(cell, p.hidden - unit);
+      }
     });
     for (int64_t unit = 0; unit < p.hidden; unit += kLanes) {
       const V cell = load_lanes(cells + unit);
