@@ -35,7 +35,7 @@ void load_block(const Problem& p, const void* x, const A* center, int64_t row, i
   for (int64_t t = 0; t < kBlock; ++t, from += p.inputs)
     for (int64_t c = 0; c < p.inputs; c += kLanes, block += kLanes) {
       const Lanes<A> value =
-          t < count ? to_lanes_of(load_first(from + c, p.inputs - c), A()) - load_lanes(center + c) : Lanes<A>(A(0));
+          t < count ? to_lanes_of(load_part(from + c, p.inputs - c), A()) - load_lanes(center + c) : Lanes<A>(A(0));
       store_lanes(block, value);
     }
 }
@@ -73,7 +73,7 @@ void forward(const Problem& p, const Arguments& args, void* workspace, int64_t b
                                        if (args.stream) {
                                          stream_lanes(to, act.forward(u));
                                        } else {
-                                         store_first(to, act.forward(u), p.channels - first - j * kLanes);
+                                         store_part(to, act.forward(u), p.channels - first - j * kLanes);
                                        }
                                        if constexpr (kTwoSlopes<Act>)
                                          if (bits) bits[r * words + j] = bits_of<S>(flat(act, u));
@@ -115,7 +115,7 @@ DEEPOPS_INLINE void panel_of_g(const Problem& p, const Arguments& args, const Pi
       if (top + r < piece.count) {
         const S* const at = grad_y + r * p.channels + j * kLanes;
         __builtin_prefetch(at + kBlock * p.channels, 0, 2);
-        g = load_first(at, p.channels - first - j * kLanes);
+        g = load_part(at, p.channels - first - j * kLanes);
         if constexpr (kTwoSlopes<Act>) {
           g = select(mask_of<S>(args.bits[(row + r) * words + first / kLanes + j]), flat_part(act, g), g);
         } else if constexpr (!kOneSlope<Act>) {
@@ -197,7 +197,7 @@ void backward(const Problem& p, const Arguments& args, void* workspace, int64_t 
       S* to = static_cast<S*>(args.grad_x) + row * p.inputs;
       for (int64_t t = 0; t < count; ++t, to += p.inputs)
         for (int64_t c = 0; c < p.inputs; c += kLanes)
-          store_first(to + c, load_lanes(grad_x + t * slots + c), p.inputs - c);
+          store_part(to + c, load_lanes(grad_x + t * slots + c), p.inputs - c);
     });
   }
 }
@@ -221,8 +221,8 @@ void finish(const Problem& p, const Arguments& args, void* workspace, int64_t be
                                            S* const at = grad_x + r * p.inputs + j * kLanes;
                                            const int64_t left = p.inputs - first - j * kLanes;
                                            const Lanes<A> number = load_lanes(constant + first + j * kLanes);
-                                           const Lanes<A> value = to_lanes_of(load_first(at, left), A()) - number - sum;
-                                           store_first(at, narrow(value, S()), left);
+                                           const Lanes<A> value = to_lanes_of(load_part(at, left), A()) - number - sum;
+                                           store_part(at, narrow(value, S()), left);
                                          });
         }
       });

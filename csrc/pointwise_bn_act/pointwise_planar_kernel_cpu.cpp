@@ -4,6 +4,7 @@
 // stay in the first-level cache, centred, as [C][32]; all products but one have rows of W' as the other factor. Sums
 // over pixels need x the other way round: sums of lanes would have to be added up for each pair of channels, and x is
 // the smaller factor, so its block is transposed.
+#include "core/lane_order.h"
 #include "pointwise_bn_act/blocks.h"
 
 namespace deepops::DEEPOPS_ISA {
@@ -69,9 +70,8 @@ void load_block(const Problem& p, const void* x, const A* center, const Place& p
     if (count) fetch(from + kPixels);
     for (int64_t t = 0; t < kPixels; t += kLanes, block += kLanes) {
       Lanes<A> value(A(0));
-      if (t < count) value = to_lanes_of(load_first(from + t, count - t), A()) - middle;
-      if (t < count && t + kLanes > count)
-        value = select(lane_numbers<A>() < Lanes<A>(A(count - t)), value, Lanes<A>(A(0)));
+      if (t < count) value = to_lanes_of(load_part(from + t, count - t), A()) - middle;
+      if (t < count && t + kLanes > count) value = first_of(value, count - t);
       store_lanes(block, value);
     }
   }
@@ -121,7 +121,7 @@ void forward(const Problem& p, const Arguments& args, void* workspace, int64_t b
                                                   if (args.stream) {
                                                     stream_lanes(to, act.forward(u));
                                                   } else {
-                                                    store_first(to, act.forward(u), place.count - pixel);
+                                                    store_part(to, act.forward(u), place.count - pixel);
                                                   }
                                                   if constexpr (kTwoSlopes<Act>)
                                                     if (bits)
@@ -155,7 +155,7 @@ DEEPOPS_INLINE void panel_of_g(const Problem& p, const Arguments& args, const Pi
   const auto take = [&](int64_t k, int64_t pixel, const Lanes<S>& sum, Lanes<S>& total) __attribute__((always_inline)) {
     const S* const at = grad_y + k * p.inner + pixel;
     __builtin_prefetch(at + kPixels, 0, 2);
-    Lanes<S> g = load_first(at, place.count - pixel);
+    Lanes<S> g = load_part(at, place.count - pixel);
     if constexpr (kTwoSlopes<Act>) {
       const uint16_t bits = args.bits[place.word(p) + pixel / kLanes * p.channels + piece.first + k];
       g = select(mask_of<S>(bits), flat_part(act, g), g);
@@ -247,7 +247,7 @@ void backward(const Problem& p, const Arguments& args, void* workspace, int64_t 
       for (int64_t c = 0; c < p.inputs; ++c) {
         S* const to = static_cast<S*>(args.grad_x) + place.at(p, p.inputs, c);
         for (int64_t t = 0; t < place.count; t += kLanes)
-          store_first(to + t, load_lanes(grad_x + c * kPixels + t), place.count - t);
+          store_part(to + t, load_lanes(grad_x + c * kPixels + t), place.count - t);
       }
     });
     for (int64_t k = 0; k < p.channels; ++k) sums[k] = sum_of_lanes(load_lanes(lane_sums + k * kLanes));
@@ -272,9 +272,9 @@ void finish(const Problem& p, const Arguments& args, void* workspace, int64_t be
                                                  if (c + r >= p.inputs) return;
                                                  const int64_t pixel = first + j * kLanes, left = place.count - pixel;
                                                  S* const at = grad_x + r * p.inner + pixel;
-                                                 const Lanes<A> value = to_lanes_of(load_first(at, left), A()) -
+                                                 const Lanes<A> value = to_lanes_of(load_part(at, left), A()) -
                                                                         Lanes<A>(constant[c + r]) - sum;
-                                                 store_first(at, narrow(value, S()), left);
+                                                 store_part(at, narrow(value, S()), left);
                                                });
         });
       }

@@ -2,14 +2,10 @@
 //
 // Compiled once per instruction set; include it from kernel files only.
 #pragma once
-#include "core/lanes.h"
+#include "core/parts.h"
 #include "pointwise_bn_act/pointwise_bn_act.h"
 
-#define DEEPOPS_INLINE __attribute__((always_inline)) inline
-
 namespace deepops::DEEPOPS_ISA {
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // What fits into the registers: rows of a tile, and lanes. kBlock is a multiple of every number of rows.
 template <class S>
@@ -50,77 +46,6 @@ DEEPOPS_INLINE void with_lanes(int64_t lanes, const Call& call) {
     if (lanes < most) return with_lanes<most - 1>(lanes, call);
   }
   call.template operator()<most>();
-}
-
-// ---- parts of lanes -------------------------------------------------------------------------------------------------
-
-// The first `count` values at p and zeros; nothing behind them is read.
-template <class S>
-DEEPOPS_INLINE Lanes<S> load_first(const S* p, int64_t count) {
-  if (count >= kLanes) return load_lanes(p);
-  S values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return load_lanes(values);
-}
-
-template <class S>
-DEEPOPS_INLINE void store_first(S* p, const Lanes<S>& value, int64_t count) {
-  if (count >= kLanes) return store_lanes(p, value);
-  S values[kLanes];
-  store_lanes(values, value);
-  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
-}
-
-// ---- transposition --------------------------------------------------------------------------------------------------
-
-// a0 b0 a1 b1 ..., of the first halves or of the second.
-template <class V>
-DEEPOPS_INLINE V interleave_first(V a, V b) {
-  if constexpr (sizeof(V) / sizeof(a[0]) == 16) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  } else if constexpr (sizeof(V) / sizeof(a[0]) == 8) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  } else if constexpr (sizeof(V) / sizeof(a[0]) == 4) {
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  } else {
-    return __builtin_shufflevector(a, b, 0, 2);
-  }
-}
-template <class V>
-DEEPOPS_INLINE V interleave_second(V a, V b) {
-  if constexpr (sizeof(V) / sizeof(a[0]) == 16) {
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  } else if constexpr (sizeof(V) / sizeof(a[0]) == 8) {
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  } else if constexpr (sizeof(V) / sizeof(a[0]) == 4) {
-    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  } else {
-    return __builtin_shufflevector(a, b, 1, 3);
-  }
-}
-
-// to [columns, rows] = from [rows, columns] turned about its diagonal; both sizes multiples of 16. Squares of one
-// vector a row: interleaving row i with row i + size / 2 moves the bits of a value's place on by one, and log2(size)
-// times exchanges its row and its column.
-template <class S>
-DEEPOPS_INLINE void transpose(const S* from, int64_t rows, int64_t columns, S* to) {
-  using Value = typename Lanes<S>::Value;
-  constexpr int kSize = Lanes<S>::kPerPart;
-  for (int64_t row = 0; row < rows; row += kSize)
-    for (int64_t column = 0; column < columns; column += kSize) {
-      Value square[kSize], next[kSize];
-      _Pragma("GCC unroll 16") for (int i = 0; i < kSize; ++i)
-          __builtin_memcpy(&square[i], from + (row + i) * columns + column, kVectorBytes);
-      _Pragma("GCC unroll 4") for (int step = 1; step < kSize; step *= 2) {
-        _Pragma("GCC unroll 8") for (int i = 0; i < kSize / 2; ++i) {
-          next[2 * i] = interleave_first(square[i], square[i + kSize / 2]);
-          next[2 * i + 1] = interleave_second(square[i], square[i + kSize / 2]);
-        }
-        _Pragma("GCC unroll 16") for (int i = 0; i < kSize; ++i) square[i] = next[i];
-      }
-      _Pragma("GCC unroll 16") for (int i = 0; i < kSize; ++i)
-          __builtin_memcpy(to + (column + i) * rows + row, &square[i], kVectorBytes);
-    }
 }
 
 // ---- a bit a lane ---------------------------------------------------------------------------------------------------
