@@ -1,12 +1,13 @@
-"""Depthwise convolution, batch normalization and ReLU6 in training, fp32, channels_last: forward and backward together.
+"""Depthwise convolution, batch normalization and ReLU6 in training, fp32, both layouts: forward and backward together.
 
 The blocks of MobileNetV2. The baseline is stock PyTorch in the same layout; ``two ops`` is its convolution followed by
-``deepops.functional.batch_norm_act``.
+``deepops.functional.batch_norm_act``, which is also what deepops does with 7x7 planes of contiguous data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ SHAPES = [  # channels, height and width, stride
     (960, 7, 1),
 ]
 BATCH = 8
+LAYOUTS = {"training step": torch.channels_last, "training step, NCHW": torch.contiguous_format}
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -45,15 +47,17 @@ def deepops(x: Tensor, conv: Tensor, mean: Tensor, var: Tensor, weight: Tensor, 
 PROVIDERS: dict[str, Forward] = {"torch": stock, "two ops": two_ops, "deepops": deepops}
 
 
-def step(function: Forward, channels: int, size: int, stride: int) -> Callable[[], tuple[Tensor, ...]]:
+def step(
+    function: Forward, layout: torch.memory_format, channels: int, size: int, stride: int
+) -> Callable[[], tuple[Tensor, ...]]:
     """A forward and a backward with respect to everything."""
     torch.manual_seed(0)
-    x = torch.randn(BATCH, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(BATCH, channels, size, size).contiguous(memory_format=layout).requires_grad_()
     conv = torch.randn(channels, 1, 3, 3, requires_grad=True)
     weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
     mean, var = torch.zeros(channels), torch.ones(channels)
     out = size // stride
-    grad = torch.randn(BATCH, channels, out, out).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(BATCH, channels, out, out).contiguous(memory_format=layout)
 
     def run() -> tuple[Tensor, ...]:
         y = function(x, conv, mean, var, weight, bias, stride)
@@ -63,8 +67,8 @@ def step(function: Forward, channels: int, size: int, stride: int) -> Callable[[
 
 
 def cases() -> Iterator[Case]:
-    """Every shape."""
-    for channels, size, stride in SHAPES:
+    """Every shape in both layouts."""
+    for (group, layout), (channels, size, stride) in product(LAYOUTS.items(), SHAPES):
         name = f"{BATCH}x{channels}x{size}x{size}" + (f", stride {stride}" if stride > 1 else "")
-        providers = {key: step(function, channels, size, stride) for key, function in PROVIDERS.items()}
-        yield Case(name, "training step", providers)
+        providers = {key: step(function, layout, channels, size, stride) for key, function in PROVIDERS.items()}
+        yield Case(name, group, providers)

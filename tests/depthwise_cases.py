@@ -12,13 +12,41 @@ from block_cases import BlockCase, BlockPools, named, oracle_results, random_cas
 from torch import Tensor
 
 from deepops import reference
+from deepops._autograd import memory_format_of
 
-__all__ = ["Case", "DepthwisePools", "backward", "make_case", "op_results", "oracle_results", "train"]
+__all__ = [
+    "GEOMETRIES",
+    "Case",
+    "DepthwisePools",
+    "backward",
+    "make_case",
+    "op_results",
+    "oracle_results",
+    "train",
+]
+
+# filter, stride, padding, dilation, height and width
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "3x3": {},
+    "3x3 stride 2": {"stride": (2, 2)},
+    "5x5": {"filter_size": (5, 5), "padding": (2, 2, 2, 2)},
+    "5x5 stride 2": {"filter_size": (5, 5), "stride": (2, 2), "padding": (2, 2, 2, 2)},
+    "7x7": {"filter_size": (7, 7), "padding": (3, 3, 3, 3)},
+    "no padding": {"padding": (0, 0, 0, 0)},
+    "asymmetric": {"filter_size": (2, 4), "padding": (0, 1, 1, 2)},
+    "uneven": {"filter_size": (3, 2), "stride": (1, 3), "padding": (2, 2, 0, 0)},
+    "dilation": {"dilation": (2, 3), "padding": (2, 2, 3, 3)},
+    "dilation and stride": {"dilation": (3, 2), "stride": (2, 2), "padding": (3, 3, 1, 1)},
+    "1x1": {"filter_size": (1, 1), "padding": (0, 0, 0, 0)},
+    "1x1 stride 2": {"filter_size": (1, 1), "stride": (2, 2), "padding": (0, 0, 0, 0)},
+    "stride above filter": {"filter_size": (2, 2), "stride": (3, 4), "padding": (0, 0, 0, 0)},
+    "wide padding": {"padding": (5, 4, 6, 3)},
+}
 
 
 @dataclass(kw_only=True)
 class Case(BlockCase):
-    """conv_weight is [C, 1, R, S]; everything is channels_last."""
+    """conv_weight is [C, 1, R, S]."""
 
     stride: list[int]
     padding: list[int]  # top, bottom, left, right
@@ -28,7 +56,8 @@ class Case(BlockCase):
 
     @property
     def layout(self) -> torch.memory_format:
-        return torch.channels_last
+        one_pixel = self.x.size(2) * self.x.size(3) == 1  # is in either layout
+        return memory_format_of(self.grad_y if one_pixel and self.grad_y is not None else self.x)
 
     def padded(self, x: Tensor) -> Tensor:
         top, bottom, left, right = self.padding

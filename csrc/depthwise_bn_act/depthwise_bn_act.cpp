@@ -1,6 +1,6 @@
-// depthwise_bn_act on the CPU: checks, geometry, allocation, the order of the passes, registration.
+// depthwise_bn_act on the CPU: checks, geometry, allocation, the order of the passes for channels_last, registration.
 //
-// Each pass is one parallel region.
+// Each pass is one parallel region. Contiguous data: see planar.cpp.
 #include "depthwise_bn_act/depthwise_bn_act.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +17,7 @@
 #include "core/memory_pool.h"
 #include "core/parallel.h"
 #include "depthwise_bn_act/host.h"
+#include "depthwise_bn_act/planar.h"
 
 namespace deepops {
 namespace {
@@ -28,12 +29,16 @@ constexpr int64_t kInPlaceBelow = 1 << 21;  // values of y that stay in the cach
 
 const DepthwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(depthwise_kernels); }
 
-DepthwiseProblem problem_of(const Tensor& x, const Tensor& filter, const Integers& stride, const Integers& padding,
-                            const Integers& dilation, const std::string& activation, double negative_slope) {
+DepthwiseShape shape_on_cpu(const Tensor& x, const Tensor& filter, const Integers& stride, const Integers& padding,
+                            const Integers& dilation, const std::string& activation, double negative_slope,
+                            bool planes = true) {
   core::check_cpu(x, "depthwise_bn_act", "x");
+  return depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope, planes);
+}
+
+DepthwiseProblem problem_of(const DepthwiseShape& shape) {
   DepthwiseProblem p{};
-  static_cast<DepthwiseShape&>(p) =
-      depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope);
+  static_cast<DepthwiseShape&>(p) = shape;
   p.tiles = (p.channels + kTile - 1) / kTile;
   p.image_groups = std::min(p.batch, kMostGroups);
   p.row_blocks = std::clamp<int64_t>(kFewItems / p.image_groups, 1, std::max<int64_t>(1, p.out_height / kLeastRows));
@@ -168,7 +173,11 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
                                              OptionalTensor num_batches_tracked, Integers stride, Integers padding,
                                              Integers dilation, std::optional<double> momentum, double eps,
                                              std::string activation, double negative_slope) {
-  const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  const DepthwiseShape shape = shape_on_cpu(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  if (!shape.channels_adjacent)
+    return depthwise_train_planes(shape, x, conv_weight, weight, bias, running_mean, running_var, num_batches_tracked,
+                                  momentum, eps);
+  const DepthwiseProblem p = problem_of(shape);
   check_train(p, x, {}, weight, bias, running_mean, running_var, num_batches_tracked);
   StoredVectors statistics(p, x);  // mean and invstd
   const double factor = count_batch(num_batches_tracked, momentum);
@@ -214,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
 
 Tensor evaluate_cpu(Tensor x, Tensor conv_weight, Tensor bias, Integers stride, Integers padding, Integers dilation,
                     std::string activation, double negative_slope) {
-  const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  const DepthwiseProblem p =
+      problem_of(shape_on_cpu(x, conv_weight, stride, padding, dilation, activation, negative_slope, false));
   check_affine(p, x, {}, bias, "depthwise_bn_act_eval");
   const OutputLayout layout(p);
   Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
@@ -241,7 +251,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(Tensor grad_y, Tensor x,
                                                         Integers dilation, std::string activation,
                                                         double negative_slope, bool need_x, bool need_conv_weight,
                                                         bool need_affine) {
-  const DepthwiseProblem p = problem_of(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  const DepthwiseShape shape = shape_on_cpu(x, conv_weight, stride, padding, dilation, activation, negative_slope);
+  if (!shape.channels_adjacent)
+    return depthwise_backward_planes(shape, grad_y, x, conv_weight, weight, bias, mean, invstd, need_x,
+                                     need_conv_weight, need_affine);
+  const DepthwiseProblem p = problem_of(shape);
   check_output(p, grad_y, x);
   check_affine(p, x, weight, bias, "depthwise_bn_act_backward");
   check_statistics(p, x, mean, invstd, "depthwise_bn_act_backward");

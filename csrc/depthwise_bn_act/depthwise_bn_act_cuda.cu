@@ -21,7 +21,7 @@ constexpr int64_t kPositionsPerPiece = 64, kMostBlocks = 2048;  // of a reductio
 DepthwiseShape shape_on_gpu(const Tensor& x, const Tensor& filter, const Integers& stride, const Integers& padding,
                             const Integers& dilation, const std::string& activation, double negative_slope) {
   STD_TORCH_CHECK(gpu::on_gpu(x), "depthwise_bn_act: x must be on the GPU");
-  return depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope);
+  return depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope, false);
 }
 
 Partition partition_of(const DepthwiseShape& p) {

@@ -11,21 +11,23 @@ using Integers = std::vector<int64_t>;
 
 inline constexpr int64_t kLeastChannels = DepthwiseProblem::kTile;
 
-// stride, dilation: y, x. padding: top, bottom, left, right.
+// stride, dilation: y, x. padding: top, bottom, left, right. planes: whether there is a kernel for contiguous data.
 inline DepthwiseShape depthwise_shape_of(const Tensor& x, const Tensor& filter, const Integers& stride,
                                          const Integers& padding, const Integers& dilation,
-                                         const std::string& activation, double negative_slope) {
+                                         const std::string& activation, double negative_slope, bool planes) {
   constexpr const char* kOp = "depthwise_bn_act";
   DepthwiseShape p{};
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_channels_last(x), kOp,
-                  ": x must be [N, C, H, W], not empty, channels_last");
+  const bool channels_last = x.dim() == 4 && is_channels_last(x);
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && (channels_last || (planes && x.is_contiguous())), kOp,
+                  ": x must be [N, C, H, W], not empty, channels_last", planes ? " or contiguous" : "");
   p.dtype = core::data_type_of(x, kOp, "x");
   STD_TORCH_CHECK(p.dtype <= DataType::f64, kOp, ": x must be float32 or float64");
   core::check_same_device(filter, x, kOp, "conv_weight");
   STD_TORCH_CHECK(filter.dim() == 4 && filter.size(0) == x.size(1) && filter.size(1) == 1 && filter.numel() > 0 &&
                       filter.scalar_type() == x.scalar_type() && (filter.is_contiguous() || is_channels_last(filter)),
                   kOp, ": conv_weight must be [C, 1, R, S], dense, with the dtype of x");
-  STD_TORCH_CHECK(x.size(1) >= kLeastChannels, kOp, ": x must have at least ", kLeastChannels, " channels");
+  STD_TORCH_CHECK(x.size(1) >= kLeastChannels || !channels_last, kOp, ": x must have at least ", kLeastChannels,
+                  " channels");
   STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4, kOp,
                   ": stride and dilation have 2 numbers, padding has 4");
   for (const int64_t value : {stride[0], stride[1], dilation[0], dilation[1]})
@@ -51,17 +53,18 @@ inline DepthwiseShape depthwise_shape_of(const Tensor& x, const Tensor& filter, 
   p.out_height = room_y / p.stride_y + 1;
   p.out_width = room_x / p.stride_x + 1;
   p.inner = p.out_height * p.out_width;
-  p.channels_adjacent = true;
+  p.channels_adjacent = channels_last;
   p.exact = p.count() <= kExactBelow;
   return p;
 }
 
-// [N, C, out_height, out_width], channels_last.
+// [N, C, out_height, out_width], in the layout of x.
 struct OutputLayout {
   int64_t sizes[4], strides[4];
   explicit OutputLayout(const DepthwiseShape& p)
       : sizes{p.batch, p.channels, p.out_height, p.out_width},
-        strides{p.inner * p.channels, 1, p.out_width * p.channels, p.channels} {}
+        strides{p.inner * p.channels, p.channels_adjacent ? 1 : p.inner,
+                p.out_width * (p.channels_adjacent ? p.channels : 1), p.channels_adjacent ? p.channels : 1} {}
 };
 
 inline void check_output(const DepthwiseShape& p, const Tensor& grad_y, const Tensor& x) {
@@ -71,7 +74,7 @@ inline void check_output(const DepthwiseShape& p, const Tensor& grad_y, const Te
   bool same = grad_y.dim() == 4 && grad_y.scalar_type() == x.scalar_type();
   for (int64_t d = 0; same && d < 4; ++d)
     same = grad_y.size(d) == layout.sizes[d] && (grad_y.size(d) == 1 || grad_y.stride(d) == layout.strides[d]);
-  STD_TORCH_CHECK(same, kOp, ": grad_y must have the shape of the output and the dtype of x, channels_last");
+  STD_TORCH_CHECK(same, kOp, ": grad_y must have the shape of the output, and the dtype and memory layout of x");
 }
 
 }  // namespace deepops

@@ -200,7 +200,8 @@ class _ConvBNAct(nn.Module):
         one_pass += f" ({kernel_note('batch_norm_act_train', device)})"
         if batch_norm_state(self.bn)[3]:
             if depthwise and self.conv.weight.dim() == 4 and device == "cpu":
-                return f"fused: one op for fp32 and fp64 in channels_last, from 16 channels on; else {one_pass}"
+                narrow = "of contiguous fp32 not with a small filter and short rows"
+                return f"fused: one op for fp32 and fp64, from 16 channels on, {narrow}; else {one_pass}"
             geometry = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
             if device == "cpu" and expands(self.conv.weight, *geometry, self.activation):
                 return f"fused: one op for fp32 and fp64, statistics by covariances; else {one_pass}"
@@ -216,8 +217,8 @@ class ConvBNAct2d(_ConvBNAct):
 
     Results, gradients and running statistics are those of the three stock modules. In training the backward keeps the
     input, the weights and the convolution's output (stock modules keep the activation's output too); not even that of a
-    depthwise or an expanding 1x1 convolution in channels_last on the CPU, which is one op with the rest (conditions:
-    see :func:`deepops.functional.conv_bn_act`).
+    depthwise or an expanding 1x1 convolution on the CPU, which is one op with the rest (conditions: see
+    :func:`deepops.functional.conv_bn_act`).
 
     In evaluation without gradients it is one convolution, with batch normalization folded into its weights once and, on
     the CPU, the activation inside (not in fp16 or under autocast): a kernel of our own for depthwise convolutions of
