@@ -130,8 +130,7 @@ RowStatistics<S> statistics_of(int64_t count, double eps, const EachPart& each_p
       const Lanes<S> rest = parts[i] - Lanes<S>(S(mean));
       few = few + rest * rest;
     }
-    for (int64_t lane = valid; lane < kLanes; ++lane) few.set(int(lane), 0);
-    squares += widen(few);
+    squares += widen(valid < kLanes ? first_of(few, valid) : few);
   });
   const double off = mean - double(S(mean)), variance = sum_of_lanes(squares) / double(count) - off * off;
   return {S(mean), S(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps))};
