@@ -113,9 +113,16 @@ template <class T, int kThreads, int kColumns, int kPitch>
 struct TilePacks {
   static constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V, kStep = kThreads / kPacks;
   static_assert(kColumns % V == 0 && kThreads % kPacks == 0);
+  // Eight lanes are served at once. Where that are two rows of four packs, one has to lie in the first half of the 32
+  // banks and one in the second: neighbours, or where the pad is in the way those four rows apart (of 80 bytes each).
+  static constexpr bool kFourApart = kPacks == 4 && kPitch * sizeof(T) % 128 != 64;
+  static_assert(!kFourApart || 4 * kPitch * sizeof(T) % 128 == 64);
 
   DEEPOPS_DEVICE static int column() { return gpu::thread() % kPacks * V; }  // of the tile
-  DEEPOPS_DEVICE static int row() { return gpu::thread() / kPacks; }         // the first
+  DEEPOPS_DEVICE static int row() {                                          // the first
+    const int row = gpu::thread() / kPacks;
+    return kFourApart ? row / 8 * 8 + row % 2 * 4 + row % 8 / 2 : row;
+  }
   DEEPOPS_DEVICE static int at(int row) { return row * kPitch + column(); }
   template <class Rows>
   DEEPOPS_DEVICE static OutputPack<T> output(const Rows& rows, int row, int first_column, int columns) {
@@ -135,8 +142,9 @@ DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Share
   using Packs = TilePacks<T, kThreads, kColumns, kPitch>;
   constexpr int V = Packs::V;
   // Packs of the residual that are on their way at the same time; few where sums that are still to come fill the
-  // registers.
-  constexpr int kTogether = kColumns > 64 ? 1 : kColumns > 32 ? 2 : 4;
+  // registers, and no more than there are.
+  constexpr int kAll = Rows::kRows / Packs::kStep;
+  constexpr int kTogether = kColumns > 64 ? 1 : kColumns > 32 || kAll < 4 ? 2 : 4;
   static_assert(Rows::kRows % (kTogether * Packs::kStep) == 0);
   const int columns = args.problem.out_channels;
 #pragma unroll 1
