@@ -1,17 +1,19 @@
 """What ``csrc/conv_bn_act/gemm_tiles.h`` says of the tiles, said again: which one a call gets, and what it then moves.
 
-``test_conv_bn_act_gemm.py`` holds it against what the executor launches and counts; the table in
-``csrc/conv_bn_act/README.md`` is made of it (``PYTHONPATH=tests python tests/conv_gemm.py`` prints it).
+``test_conv_bn_act_gemm.py`` holds it against what the executor launches and counts; the tables in
+``csrc/conv_bn_act/README.md`` are made of it (``PYTHONPATH=tests python tests/conv_gemm.py`` prints them).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from conv_tile_cases import GEOMETRIES, Case, case_of
+from cuda_gate.gate import OLDEST_GEMM_ARCH, Budget, read_budget
 
-TILES = [(128, 128), (256, 64), (128, 64), (64, 64)]  # rows, columns
+TILES = [(128, 128), (256, 64), (128, 64), (64, 64), (128, 32)]  # rows, columns
 DEPTH = 32  # of a piece
 MOVE = 64  # multiplications in the time that moving one number takes
 EPILOGUE_ROWS = 64  # that an evaluation finishes at once
@@ -139,18 +141,47 @@ class Forced:
 FORCED = [
     Forced(128, 128, (1, 12, 13), (120, 67), 1),
     Forced(256, 64, (1, 15, 16), (40, 37), 1),
-    Forced(128, 64, (2, 12, 12), (64, 3), 1),
+    Forced(128, 64, (2, 12, 12), (64, 37), 1),
     Forced(64, 64, (1, 11, 12), (72, 67), 1000),
+    Forced(128, 32, (2, 9, 11), (32, 3, 24), 1),
 ]
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the tables of the README ---------------------------------------------------------------------------------------
 
+ARCHS = {"sm_80": (80,), "sm_86, 89, 120": (86, 89, 120), "sm_90, 100": (90, 100)}  # alike in shared memory
 MULTIPROCESSORS = 108  # of an A100
 
 
+def tiles_table() -> str:
+    """What a multiprocessor has room for, by the committed budget, in Markdown."""
+    found: dict[tuple[int, ...], dict[tuple[str, int], list[Budget]]] = {}
+    for key, limits in read_budget().items():
+        match = re.search(r"^implicit_gemm<\w+, Tile<(\d+(?:, \d+)*)>, \(ConvResult\)(\d)", key.kernel)
+        if match and key.arch >= OLDEST_GEMM_ARCH:
+            tile = tuple(map(int, match[1].split(", ")))
+            found.setdefault(tile, {}).setdefault((match[2], key.arch), []).append(limits)
+    lines = [f"| tile | of a warp | pieces | shared, KiB | registers | {' | '.join(ARCHS)} |", "|" + " --- |" * 8]
+    for tile, budgets in sorted(found.items(), key=lambda item: TILES.index(item[0][:2])):
+        rows, columns, warp_rows, warp_columns, pieces, _ = tile
+        blocks = [
+            " / ".join(str(min(b.blocks_per_sm for arch in archs for b in budgets[kind, arch])) for kind in "01")
+            for archs in ARCHS.values()
+        ]
+        cells = (
+            f"{rows} x {columns}",
+            f"{warp_rows} x {warp_columns}",
+            pieces,
+            pieces * (rows + columns) * DEPTH * 2 // 1024,
+            max(b.registers for same in budgets.values() for b in same),
+            *blocks,
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
-    """Markdown."""
+    """What is moved, in Markdown."""
     head = ("block", "x", "filter, stride", "K", "tile", "blocks", "op / byte", "moved / compulsory", "op / moved byte")
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for shape in shapes():
@@ -171,4 +202,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(tiles_table(), table(), sep="\n\n")

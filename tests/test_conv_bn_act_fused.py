@@ -73,6 +73,21 @@ def test_random_values(kernel):
     pools.check()
 
 
+@each_kernel
+def test_16_bit_results_are_rounded_once(kernel):
+    """Sums that have no place in 16 bits, brought back into their range by scale, shift and residual."""
+    image, channels, out_channels = SMALL[kernel]
+    for dtype in (F16, BF16):
+        case = make_case(image, channels, out_channels, dtype, integers=True, residual=True, activation="identity")
+        case.x.add_(20)
+        case.conv_weight.add_(20)  # sums of about 400 a term
+        z = oracle_results(case)["z"]
+        assert not torch.equal(z, z.to(dtype).double())
+        shift = -(z.mean([0, 2, 3]) * case.scale.cpu()).round().float().to(case.shift.device)
+        case = replace(case, shift=shift)
+        assert torch.equal(evaluate(case).cpu(), oracle_results(case)["y"].to(dtype)), dtype
+
+
 @pytest.mark.parametrize("filter_size", [(11, 13), (1, 200), (200, 1)], ids=str)
 def test_filters_in_steps(filter_size):
     """The direct kernel takes a filter in steps of some taps where the whole does not fit on the chip."""
@@ -155,6 +170,18 @@ def test_statistics_are_those_of_what_is_stored(kernel):
             pool.add(got, theirs, want, name=f"{name} {image} {mean} {dtype}", scale=scales.get(name))
     for pool in pools.values():
         pool.check()
+
+
+@pytest.mark.parametrize("image", [(1, 1, 2), (1, 1, 3), (2, 2, 2), (1, 5, 7)], ids=str)
+def test_statistics_of_few_values(image):
+    """The rounding of a single term would show."""
+    case = make_case(image, 4, 400, filter_size=(1, 1), padding=(0, 0, 0, 0), eps=0.0)
+    z, *actual = statistics(case)
+    wide = z.cpu().double()
+    expected = wide.mean([0, 2, 3]), wide.var([0, 2, 3], correction=0).rsqrt()
+    for got, theirs, want in zip(actual, stock_statistics(z.cpu(), None, None, None, 0.0), expected, strict=True):
+        # Relative to each value, of which the smallest says most.
+        assert_close_to_oracle((got.cpu().double() / want).float(), (theirs.double() / want).float(), want / want)
 
 
 @each_kernel

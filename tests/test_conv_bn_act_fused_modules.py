@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -70,6 +71,28 @@ def test_sixteen_bits_by_autocast(channels: int, dtype: torch.dtype) -> None:
             compare(pools, block, x, None, "train", name, autocast=dtype)
         assert len(launches(counts)) == 1
     check_pools(pools)
+
+
+@pytest.mark.usefixtures("on_conv_executor")
+@pytest.mark.parametrize("channels", [4, 8])
+def test_same_bits_in_every_schedule(channels: int) -> None:
+    """Of a step and of an evaluation, whatever the order of threads, blocks and copies."""
+    autocast = {"dtype": torch.bfloat16} if channels == 8 else {}
+    for seed, name in enumerate(("bias", "stride", "1x1")):
+        block = make_block(channels, 9, **COVERED[name], activation="silu", seed=seed).to(memory_format=CHANNELS_LAST)
+        evaluated, x = copy.deepcopy(block).eval(), data(channels=channels)
+
+        def results(block: Any = block, evaluated: Any = evaluated, x: Tensor = x) -> dict[str, Tensor | None]:
+            with torch.no_grad(), torch.autocast("cpu", **autocast) if autocast else nullcontext():
+                evaluation = evaluated(x)
+            return {**step(block, x, None, **autocast), "evaluation": evaluation}
+
+        expected = results()
+        for schedule, number in (("reverse", 0), ("random", 1), ("random", 2)):
+            with simt.schedule(schedule, number), simt.counting() as counts:
+                actual = results()
+            assert len(launches(counts)) == 2
+            assert_same_bits(actual, expected, f"{name}, {schedule} {number}")
 
 
 @pytest.mark.usefixtures("on_conv_executor")

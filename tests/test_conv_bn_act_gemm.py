@@ -22,6 +22,7 @@ from conv_tile_cases import (
     oracle_results,
     statistics,
 )  # fmt: skip
+from cuda_gate.gate import read_budget
 from pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("on_simt", "one_thread")
@@ -143,7 +144,7 @@ def test_every_block_of_the_networks_fills_the_device():
 def test_bytes_that_are_moved(forced, filter_size, stride):
     """As the table in csrc/conv_bn_act/README.md reckons; 16 bytes at a time, whole sectors, no bank conflicts."""
     size = {64: 8, 128: 11, 256: 15}[forced.rows] * stride
-    shape = Shape("", 1, size, 64, 128 if forced.columns == 128 else 64, filter_size, stride)
+    shape = Shape("", 1, size, 64, forced.columns, filter_size, stride)
     padding = (shape.padding,) * 4
     case = make_case(
         (1, size, size), 64, shape.out_channels, F16, filter_size=(filter_size,) * 2, stride=(stride,) * 2,
@@ -183,6 +184,14 @@ def test_no_bank_conflicts(forced, dtype):
             assert launch.wavefronts == launch.ideal_wavefronts, geometry
 
 
-def test_table_of_the_readme():
+def test_tables_of_the_readme():
     """csrc/conv_bn_act/README.md has what conv_gemm.py prints."""
-    assert conv_gemm.table() in (simt.ROOT / "csrc/conv_bn_act/README.md").read_text()
+    readme = (simt.ROOT / "csrc/conv_bn_act/README.md").read_text()
+    assert conv_gemm.tiles_table() in readme
+    assert conv_gemm.table() in readme
+
+
+def test_few_instantiations():
+    """Each is compiled for every architecture."""
+    kernels = {key.kernel for key in read_budget() if key.kernel.startswith("implicit_gemm<")}
+    assert len(kernels) == len(conv_gemm.TILES) * 2 * 2 * 2 <= 60  # dtypes, epilogues, 1 x 1 or any filter

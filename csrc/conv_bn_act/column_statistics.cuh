@@ -27,12 +27,17 @@ struct ColumnStatistics {
   DEEPOPS_HD int groups() const { return (row_tiles + (1 << log_group) - 1) >> log_group; }
 };
 
+// Bytes of dynamic shared memory behind the tile in which the threads of a block tell each other what they have found.
+// Named arrays would come on top of what the kernel had for its sums, and take the place of a block.
+template <int kThreads>
+inline constexpr int kStatisticsBytes = 3 * kThreads * int(sizeof(double));
+
 // The threads of a block, as kParts rows of kColumns: each has a column, and every kParts-th of what there is for it.
-template <int kThreads, int kColumns>
+// kTileBytes: of the tile, behind which they tell each other.
+template <int kThreads, int kColumns, int kTileBytes>
 struct ColumnThreads {
-  static_assert(kThreads % kColumns == 0);
+  static_assert(kThreads % kColumns == 0 && kTileBytes % sizeof(double) == 0);
   static constexpr int kParts = kThreads / kColumns;
-  gpu::Shared<double> memory;  // [3 * kThreads]
 
   DEEPOPS_DEVICE static int column() { return gpu::thread() % kColumns; }
   DEEPOPS_DEVICE static int part() { return gpu::thread() / kColumns; }
@@ -40,14 +45,16 @@ struct ColumnThreads {
   // The values of all parts of this thread's column, in order: each(a, b, c).
   template <class Each>
   DEEPOPS_DEVICE void gather(double a, double b, double c, const Each& each) const {
+    const auto memory = gpu::dynamic_shared<double>();
+    constexpr int kFirst = kTileBytes / int(sizeof(double));
     gpu::barrier();  // what was here has been read
-    memory.store(gpu::thread(), a);
-    memory.store(kThreads + gpu::thread(), b);
-    memory.store(2 * kThreads + gpu::thread(), c);
+    memory.store(kFirst + gpu::thread(), a);
+    memory.store(kFirst + kThreads + gpu::thread(), b);
+    memory.store(kFirst + 2 * kThreads + gpu::thread(), c);
     gpu::barrier();
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      const int at = p * kColumns + column();
+      const int at = kFirst + p * kColumns + column();
       each(memory.load(at), memory.load(kThreads + at), memory.load(2 * kThreads + at));
     }
   }
@@ -134,15 +141,16 @@ DEEPOPS_DEVICE void store_statistics(const ColumnStatistics& args, int column, c
   args.running.learn(column, {all.mean, all.variance}, all.count / (all.count - 1), factor);
 }
 
-// tile: the values as they are stored, with kPitch of them from row to row; complete, with a barrier after. All threads
-// of the block must call. columns: of the matrix.
+// tile: the values as they are stored, with kPitch of them from row to row; complete, with a barrier after. It lies at
+// the beginning of dynamic shared memory, with kStatisticsBytes behind it that nobody needs any more. All threads of
+// the block must call. columns: of the matrix.
 template <int kThreads, int kColumns, int kPitch, class T, class Rows>
 DEEPOPS_DEVICE void column_statistics(const ColumnStatistics& args, const gpu::Shared<T>& tile, const Rows& rows,
                                       int first_column, int columns) {
-  using Threads = ColumnThreads<kThreads, kColumns>;
+  constexpr int kTileBytes = Rows::kRows * kPitch * int(sizeof(T));
+  using Threads = ColumnThreads<kThreads, kColumns, kTileBytes>;
   constexpr int64_t kExactBelow = 256;  // values per column: above, roundings of single terms average out
-  DEEPOPS_SHARED(double, memory, 3 * kThreads);
-  const Threads threads{memory};
+  const Threads threads;
   const int column = first_column + Threads::column(), column_tile = first_column / kColumns;
   const bool there = column < columns, stores = there && Threads::part() == 0;
 

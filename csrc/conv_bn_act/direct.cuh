@@ -165,8 +165,10 @@ struct DirectSums {
       const auto tile = gpu::dynamic_shared<float>();
 #pragma unroll
       for (int j = 0; j < kPixels; ++j) store_sums(tile, pixel(j) * DirectTiles::kPitch + pack() * V, value[j]);
-      evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
+      DEEPOPS_SHARED(float, affine, 2 * kColumns);  // the filter is needed again: there is no room behind the tile
+      evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column, affine, 0);
     } else {
+      static_assert(sizeof(T) * kTogether * kPixels * kColumns + kStatisticsBytes<kThreads> <= 4 * DirectTiles::kPatch);
       const auto tile = gpu::dynamic_shared<T>();
 #pragma unroll
       for (int j = 0; j < kPixels; ++j) {

@@ -113,9 +113,16 @@ template <class T, int kThreads, int kColumns, int kPitch>
 struct TilePacks {
   static constexpr int V = gpu::Pack<T>::kSize, kPacks = kColumns / V, kStep = kThreads / kPacks;
   static_assert(kColumns % V == 0 && kThreads % kPacks == 0);
+  // Eight lanes are served at once. Where that are two rows of four packs, one has to lie in the first half of the 32
+  // banks and one in the second: neighbours, or where the pad is in the way those four rows apart (of 80 bytes each).
+  static constexpr bool kFourApart = kPacks == 4 && kPitch * sizeof(T) % 128 != 64;
+  static_assert(!kFourApart || 4 * kPitch * sizeof(T) % 128 == 64);
 
   DEEPOPS_DEVICE static int column() { return gpu::thread() % kPacks * V; }  // of the tile
-  DEEPOPS_DEVICE static int row() { return gpu::thread() / kPacks; }         // the first
+  DEEPOPS_DEVICE static int row() {                                          // the first
+    const int row = gpu::thread() / kPacks;
+    return kFourApart ? row / 8 * 8 + row % 2 * 4 + row % 8 / 2 : row;
+  }
   DEEPOPS_DEVICE static int at(int row) { return row * kPitch + column(); }
   template <class Rows>
   DEEPOPS_DEVICE static OutputPack<T> output(const Rows& rows, int row, int first_column, int columns) {
@@ -128,29 +135,29 @@ struct TilePacks {
 // block must call, after each has stored its part of the tile; columns behind the last may hold anything. Where the
 // tile lies may be written again after a barrier.
 
-// y = act(sum * scale + shift + residual)
+// y = act(sum * scale + shift + residual). affine: 2 * kColumns floats of shared memory from element `at` on.
 template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
 DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Shared<float>& tile, const Rows& rows,
-                                  int first_column) {
+                                  int first_column, const gpu::Shared<float>& affine, int at) {
   using Packs = TilePacks<T, kThreads, kColumns, kPitch>;
   constexpr int V = Packs::V;
   // Packs of the residual that are on their way at the same time; few where sums that are still to come fill the
-  // registers.
-  constexpr int kTogether = kColumns > 64 ? 1 : kColumns > 32 ? 2 : 4;
+  // registers, and no more than there are.
+  constexpr int kAll = Rows::kRows / Packs::kStep;
+  constexpr int kTogether = kColumns > 64 ? 1 : kColumns > 32 || kAll < 4 ? 2 : 4;
   static_assert(Rows::kRows % (kTogether * Packs::kStep) == 0);
   const int columns = args.problem.out_channels;
-  DEEPOPS_SHARED(float, affine, 2 * kColumns);
 #pragma unroll 1
   for (int i = gpu::thread(); i < kColumns; i += kThreads) {
     const bool there = first_column + i < columns;
-    affine.store(i, there ? gpu::load(args.scale + first_column + i) : 0.0f);
-    affine.store(kColumns + i, there ? gpu::load(args.shift + first_column + i) : 0.0f);
+    affine.store(at + i, there ? gpu::load(args.scale + first_column + i) : 0.0f);
+    affine.store(at + kColumns + i, there ? gpu::load(args.shift + first_column + i) : 0.0f);
   }
   gpu::barrier();
   if (first_column + Packs::column() >= columns) return;
   float scale[V], shift[V];
-  load_sums(affine, Packs::column(), scale);
-  load_sums(affine, kColumns + Packs::column(), shift);
+  load_sums(affine, at + Packs::column(), scale);
+  load_sums(affine, at + kColumns + Packs::column(), shift);
 #pragma unroll 1
   for (int first = Packs::row(); first < Rows::kRows; first += kTogether * Packs::kStep) {
     gpu::Pack<T> residual[kTogether] = {};
@@ -185,7 +192,7 @@ DEEPOPS_DEVICE void evaluate_tile(const ConvArguments<T>& args, const gpu::Share
   }
 }
 
-// y = sum, which the tile holds rounded to T, and its statistics.
+// y = sum, which the tile holds rounded to T, and its statistics, for which there is room behind the tile.
 template <class T, int kThreads, int kColumns, int kPitch = kColumns + kTilePad, class Rows>
 DEEPOPS_DEVICE void keep_tile(const ConvArguments<T>& args, const gpu::Shared<T>& tile, const Rows& rows,
                               int first_column) {
@@ -202,13 +209,20 @@ DEEPOPS_DEVICE void keep_tile(const ConvArguments<T>& args, const gpu::Shared<T>
   column_statistics<kThreads, kColumns, kPitch>(args.statistics, tile, rows, first_column, columns);
 }
 
-// Either, for kRows consecutive output pixels from first_row on, a multiple of kRows; tile: of float or of T.
+// Bytes from the beginning of the tile on that finish_tile() needs.
+template <ConvResult kind, int kThreads, int kRows, int kColumns>
+inline constexpr int kFinishBytes =
+    kind == ConvResult::evaluation ? 4 * (kRows * (kColumns + kTilePad) + 2 * kColumns)
+                                   : 2 * kRows * (kColumns + kTilePad) + kStatisticsBytes<kThreads>;
+
+// Either, for kRows consecutive output pixels from first_row on, a multiple of kRows. tile: of floats or of 16-bit T,
+// at the beginning of dynamic shared memory.
 template <class T, ConvResult kind, int kThreads, int kRows, int kColumns, class S>
 DEEPOPS_DEVICE void finish_tile(const ConvArguments<T>& args, const gpu::Shared<S>& tile, int first_row,
                                 int first_column) {
   const ConsecutiveRows<kRows> rows{first_row, args.problem.rows()};
   if constexpr (kind == ConvResult::evaluation) {
-    evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
+    evaluate_tile<T, kThreads, kColumns>(args, tile, rows, first_column, tile, kRows * (kColumns + kTilePad));
   } else {
     keep_tile<T, kThreads, kColumns>(args, tile, rows, first_column);
   }

@@ -32,7 +32,8 @@ template <class T, class Tile>
 DEEPOPS_DEVICE void evaluate_sums(const ConvArguments<T>& args, const Sums<Tile>& sums, int first_row,
                                   int first_column) {
   constexpr int kRows = 64, kPitch = Tile::kColumns + kTilePad;
-  static_assert(Tile::kRows % kRows == 0 && kRows % Tile::kWarpRows == 0 && 4 * kRows * kPitch <= Tile::kBytes);
+  static_assert(Tile::kRows % kRows == 0 && kRows % Tile::kWarpRows == 0);
+  static_assert(kFinishBytes<ConvResult::evaluation, Tile::kThreads, kRows, Tile::kColumns> <= Tile::kBytes);
   const auto tile = gpu::dynamic_shared<float>();
   const auto pairs = gpu::dynamic_shared<Pair<float>>();
 #pragma unroll 1
@@ -52,7 +53,7 @@ DEEPOPS_DEVICE void evaluate_sums(const ConvArguments<T>& args, const Sums<Tile>
 template <class T, class Tile>
 DEEPOPS_DEVICE void keep_sums(const ConvArguments<T>& args, const Sums<Tile>& sums, int first_row, int first_column) {
   constexpr int kPitch = Tile::kColumns + kTilePad;
-  static_assert(2 * Tile::kRows * kPitch <= Tile::kBytes);
+  static_assert(kFinishBytes<ConvResult::statistics, Tile::kThreads, Tile::kRows, Tile::kColumns> <= Tile::kBytes);
   const auto tile = gpu::dynamic_shared<T>();
   const auto pairs = gpu::dynamic_shared<Pair<T>>();
   for_pairs(sums, [&](int row, int column, float low, float high) {

@@ -27,14 +27,15 @@ struct Tile {
 using Tile128x128 = Tile<128, 128, 64, 64, 3, 2>;
 using Tile256x64 = Tile<256, 64, 64, 64, 3, 2>;  // for 64 output channels
 using Tile128x64 = Tile<128, 64, 64, 32, 4, 3>;
-using Tile64x64 = Tile<64, 64, 32, 32, 4, 4>;  // for few output pixels
+using Tile64x64 = Tile<64, 64, 32, 32, 4, 4>;    // for few output pixels
+using Tile128x32 = Tile<128, 32, 32, 32, 3, 4>;  // for up to 32 output channels, of which wider tiles waste half
 
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
 struct TileSize {
   int rows, columns;
 };
-inline constexpr TileSize kTileSizes[] = {{128, 128}, {256, 64}, {128, 64}, {64, 64}};
+inline constexpr TileSize kTileSizes[] = {{128, 128}, {256, 64}, {128, 64}, {64, 64}, {128, 32}};
 
 // What a tile costs for each number of depth: its multiplications, whether or not their rows and columns exist, and
 // moving rows + columns numbers from global memory, each of which takes a multiprocessor about as long as 64
@@ -45,8 +46,8 @@ constexpr int64_t tile_cost(TileSize tile) {
   return int64_t(tile.rows) * tile.columns + kMove * (tile.rows + tile.columns);
 }
 
-// The tile with which the multiprocessor that has most to do is done first; of equals the larger one. Not measured on
-// any device. multiprocessors: 0 if unknown; then the least work in all.
+// The tile with which the multiprocessor that has most to do is done first; of equals the one that is first in the
+// list. Not measured on any device. multiprocessors: 0 if unknown; then the least work in all.
 constexpr int best_tile(int64_t rows, int64_t columns, int64_t multiprocessors) {
   int best = 0;
   int64_t least = INT64_MAX;
@@ -73,8 +74,10 @@ void with_tile(int i, const Call& call) {
       return call.template operator()<Tile256x64>("conv_bn_act_256x64");
     case 2:
       return call.template operator()<Tile128x64>("conv_bn_act_128x64");
-    default:
+    case 3:
       return call.template operator()<Tile64x64>("conv_bn_act_64x64");
+    default:
+      return call.template operator()<Tile128x32>("conv_bn_act_128x32");
   }
 }
 

@@ -6,6 +6,7 @@ process. A Python with a sanitizer is slow: few cases, each of which reaches cod
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -20,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import backends
 import bn_cases
 import bn_sync
+import conv_cases
 import conv_gemm
 import conv_tile_cases
 import depthwise_cases
+import fused_conv_cases
 import lstm_cases
 import lstm_cell_cases
 import optim_cases
@@ -31,6 +34,7 @@ from step_cases import BF16, F16, F32, F64
 
 import deepops.functional  # loads the CPU ops
 import simt
+from deepops import _conv_problem
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Whole packs; tails everywhere; planes smaller than a pack; several blocks to a channel.
@@ -101,34 +105,68 @@ def depthwise_bn_act() -> int:
     return 12
 
 
+# Of threads, blocks and the landing of copies.
+ORDERS = (("in_order", 0), ("reverse", 0), ("random", 1))
+
+
 def convolutions() -> int:
-    """Whole packs of channels and tails, several tiles and several groups of tiles, a filter in steps."""
+    """Whole packs of channels and tails in every order; several groups of tiles; a filter in steps."""
     more: list[dict[str, Any]] = [
         {"image": (2, 9, 18), "out_channels": 5, "stride": (2, 3), "residual": True},
         {"image": (1, 9, 18), "out_channels": 40, "dilation": (2, 1), "momentum": None, "residual": True},
     ]
-    cases = [
+    small = [
         conv_tile_cases.make_case(channels=channels, dtype=dtype, integers=True, activation="relu", **options)
         for (channels, dtype), options in product(((1, F32), (3, F16), (4, BF16)), more)
     ]
+    for case, order in product(small, ORDERS):
+        with simt.schedule(*order):
+            compare_convolution(case)
     bare = {"filter_size": (1, 1), "padding": (0, 0, 0, 0)}
-    cases.append(conv_tile_cases.make_case((1, 68, 130), 1, 1, F16, integers=True, **bare))
-    cases.append(conv_tile_cases.make_case((1, 3, 17), 3, 8, F32, integers=True, filter_size=(9, 9), padding=(4,) * 4))
-    for case in cases:
+    large = [
+        conv_tile_cases.make_case((1, 68, 130), 1, 1, F16, integers=True, **bare),
+        conv_tile_cases.make_case((1, 3, 17), 3, 8, F32, integers=True, filter_size=(9, 9), padding=(4,) * 4),
+    ]
+    for case in large:
         compare_convolution(case)
-    return len(cases)
+    return len(small) * len(ORDERS) + len(large)
 
 
 def tensor_core_convolutions() -> int:
-    """Every tile, its last one incomplete: more pieces of depth than shared memory holds, and fewer."""
+    """Every tile, its last one incomplete, in every order: more pieces of depth than shared memory holds, and fewer."""
     count = 0
-    for forced in conv_gemm.FORCED:
+    for forced, order in product(conv_gemm.FORCED, ORDERS):
         for geometry, channels, dtype in (("3x3", 24, F16), ("1x1", 40, BF16)):
             options = {"channels": channels, "out_channels": forced.out_channels[1], "dtype": dtype}
             case = forced.case(geometry, integers=True, activation="relu", residual=dtype == F16, **options)
-            with simt.device(forced.multiprocessors):
+            with simt.device(forced.multiprocessors), simt.schedule(*order):
                 compare_convolution(case)
             count += 1
+    return count
+
+
+def convolution_modules() -> int:
+    """A block's step and its evaluation, by either kernel: beside torch's convolution."""
+    count = 0
+    _conv_problem.executor = torch.ops.deepops_simt
+    for (channels, dtype), order in product(((3, F32), (3, BF16), (8, BF16)), ORDERS):
+        block = conv_cases.make_block(channels, 10, 3, stride=(2, 1), padding=1, activation="silu")
+        block = block.to(memory_format=torch.channels_last)
+        x = fused_conv_cases.data(2, channels)
+        autocast = {} if dtype == F32 else {"dtype": dtype}
+        tolerance = 1e-4 if dtype == F32 else 5e-2
+        results = []
+        for way in ("aten", "fused"):
+            with deepops.backends.flags(conv=way), simt.schedule(*order):  # "fused" raises where it does not apply
+                done = fused_conv_cases.step(block, x, None, **autocast)
+                with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != F32):
+                    done["evaluation"] = copy.deepcopy(block).eval()(x)
+            results.append(done)
+        for name, expected in results[0].items():
+            if expected is not None:
+                torch.testing.assert_close(results[1][name], expected, rtol=tolerance, atol=tolerance, msg=name)
+        count += 1
+    _conv_problem.executor = None
     return count
 
 
@@ -251,6 +289,7 @@ def main() -> None:
         depthwise_bn_act,
         convolutions,
         tensor_core_convolutions,
+        convolution_modules,
         lstm,
     ):
         print(f"{cases.__name__}: {cases()} cases", flush=True)
