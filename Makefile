@@ -68,7 +68,7 @@ wheel: $(TORCH_STAMP) $(VENV)/.test ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation
 
 compat: wheel ## test that one wheel in new environments with each of TORCHES
-	PYTHON=$(BIN)/python .ci/compat dist/*.whl $(TORCHES)
+	PYTHON=$(BIN)/python WORKERS=$(WORKERS) .ci/compat dist/*.whl $(TORCHES)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info deepops/*.so
