@@ -12,6 +12,12 @@ from deepops._autograd import Grad, aliases, differentiate, grads_of_arguments, 
 from deepops._checks import Size
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, counter
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def rounded_as(x: Tensor, conv_weight: Tensor) -> Tensor:
+    """``conv_weight`` as an op takes it: beside 16-bit ``x`` rounded to its dtype, as autocast does, and in fp32."""
+    return conv_weight.to(x.dtype).float() if x.dtype in SIXTEEN_BIT else conv_weight
 
 
 class ConvBatchNormAct(torch.autograd.Function):

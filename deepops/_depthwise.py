@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepops import reference
 from deepops._autograd import Grad
-from deepops._block import ConvBatchNormAct, Statistics
+from deepops._block import SIXTEEN_BIT, ConvBatchNormAct, Statistics, rounded_as
 from deepops._checks import Size, autocast_enabled
 from deepops._convolution import output_sizes, padding_of, per_dimension
 from deepops._library import has_kernel
@@ -42,6 +42,17 @@ def small_filter_pays(out_width: int, stride: int) -> bool:
     return filled and (stride == 1 or out_width >= 48)
 
 
+def dtypes_fit(x: Tensor, conv_weight: Tensor) -> bool:
+    """Whether the op has the dtypes: fp32, fp64, and fp16 and bf16 in channels_last, which autocast may have made."""
+    if x.dtype is torch.float32 or x.dtype is torch.float64:
+        return x.dtype is conv_weight.dtype and not autocast_enabled(x)
+    if x.dtype not in SIXTEEN_BIT or x.is_contiguous():
+        return False
+    if autocast_enabled(x):
+        return torch.get_autocast_dtype("cpu") is x.dtype and conv_weight.dtype in (torch.float32, x.dtype)
+    return x.dtype is conv_weight.dtype
+
+
 class DepthwiseBatchNormAct(ConvBatchNormAct):
     """The op; its backward keeps ``x``, the weights and the per-channel vectors."""
 
@@ -55,7 +66,7 @@ class DepthwiseBatchNormAct(ConvBatchNormAct):
         groups: int,
         activation: str,
     ) -> tuple[Tensor, tuple[Geometry]] | None:
-        """Those of ``C`` groups of one channel, 16 or more, fp32 or fp64 without autocast, on the CPU.
+        """Those of ``C`` groups of one channel, 16 or more, on the CPU; for the dtypes see ``dtypes_fit``.
 
         ``x``: channels_last; or contiguous, in fp32 with a filter of up to 9 values only where ``small_filter_pays``.
         With more than one value per channel.
@@ -67,10 +78,8 @@ class DepthwiseBatchNormAct(ConvBatchNormAct):
             and conv_weight.dim() == 4
             and type(conv_weight) in _PLAIN  # subclasses may mean anything by their memory
             and x.is_cpu
-            and x.dtype is conv_weight.dtype
-            and (x.dtype is torch.float32 or x.dtype is torch.float64)
             and x.is_contiguous(memory_format=torch.channels_last) != planes
-            and not autocast_enabled(x)
+            and dtypes_fit(x, conv_weight)
         ):
             return None
         strides, dilations = [list(per_dimension(value, conv_weight)) for value in (stride, dilation)]
@@ -100,7 +109,7 @@ class DepthwiseBatchNormAct(ConvBatchNormAct):
     ) -> Sequence[Tensor]:
         geometry, *numbers = options
         found: Sequence[Tensor] = torch.ops.deepops.depthwise_bn_act_train.default(
-            x, conv_weight, weight, bias, *statistics, *geometry, *numbers
+            x, rounded_as(x, conv_weight), weight, bias, *statistics, *geometry, *numbers
         )
         return found
 
@@ -109,14 +118,24 @@ class DepthwiseBatchNormAct(ConvBatchNormAct):
         grad_y: Tensor, saved: Sequence[Any], options: Options, needed: tuple[bool, bool, bool]
     ) -> Sequence[Grad]:
         geometry, _, _, activation, negative_slope = options
-        grads: Sequence[Grad] = torch.ops.deepops.depthwise_bn_act_backward.default(
-            grad_y, *saved, *geometry, activation, negative_slope, *needed
+        x, conv_weight, *vectors = saved
+        grad_x, grad_conv_weight, *grads = torch.ops.deepops.depthwise_bn_act_backward.default(
+            grad_y, x, rounded_as(x, conv_weight), *vectors, *geometry, activation, negative_slope, *needed
         )
-        return grads
+        return grad_x, grad_conv_weight.to(conv_weight.dtype), *grads
 
     @staticmethod
     def plain(x: Tensor, conv_weight: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
         geometry, _, eps, activation, negative_slope = options
-        return reference.depthwise_bn_act(
-            x, conv_weight, weight, bias, *geometry, eps, activation=activation, negative_slope=negative_slope
+        wide = x.float() if x.dtype in SIXTEEN_BIT else x
+        y = reference.depthwise_bn_act(
+            wide,
+            rounded_as(x, conv_weight),
+            weight,
+            bias,
+            *geometry,
+            eps,
+            activation=activation,
+            negative_slope=negative_slope,
         )
+        return y.to(x.dtype)

@@ -71,6 +71,16 @@ def test_more_than_the_cache_holds(layout):
     pools.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit(dtype):
+    """Computed in float32 throughout: no rounded convolution result lies between."""
+    pools = DepthwisePools()
+    for (name, geometry), shape in product(GEOMETRIES.items(), [*SIZES, (2, 16, 5, 37), (4, 40, 14, 14)]):
+        for activation in ("silu", "relu6"):
+            pools.add(make_case(shape, **geometry, dtype=dtype, activation=activation), f"{name} {shape} {activation}")
+    pools.check()
+
+
 @everywhere
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, backend, layout):
@@ -244,7 +254,6 @@ def test_what_kernels_could_not_read_is_refused(backend, layout):
     case = make_case((2, 16, 6, 6), layout=layout)
     bad: dict[str, dict[str, Any]] = {
         "channels_last": {"x": case.x.transpose(2, 3)},
-        "float32 or float64": {"x": case.x.bfloat16(), "conv_weight": case.conv_weight.bfloat16()},
         "conv_weight must be": {"conv_weight": case.conv_weight[:8]},
         "at least 16 channels": {"x": case.x[:, :8].contiguous(memory_format=torch.channels_last),
                                  "conv_weight": case.conv_weight[:8]},
@@ -257,6 +266,9 @@ def test_what_kernels_could_not_read_is_refused(backend, layout):
     for message, changes in bad.items():
         with pytest.raises(RuntimeError, match=message):
             train(replace(case, **changes))
+    taken = backend == "cpu" and layout is torch.channels_last
+    with pytest.raises(RuntimeError, match="float32 beside 16-bit data" if taken else "x must be float32 or float64"):
+        train(replace(case, x=case.x.bfloat16(), conv_weight=case.conv_weight.bfloat16()))
     _, mean, invstd = train(case)
     if backend != "cpu":
         with pytest.raises(RuntimeError, match="channels_last"):
@@ -347,12 +359,46 @@ def test_when_the_op_applies(calls):
     with torch.no_grad():
         assert call() == 1
     assert call(x.transpose(2, 3)) == 0
-    assert call(x.bfloat16(), weight.bfloat16()) == 0
+    assert call(x.bfloat16(), weight.bfloat16()) == call(x.half(), weight.half()) == 1
+    assert call(x.bfloat16().contiguous(), weight.bfloat16()) == 0
     assert call(weight=torch.randn(16, 2, 3, 3), groups=8) == 0
     assert call(weight=torch.randn(32, 1, 3, 3)) == 0
     assert call(padding=1, residual=torch.randn(2, 16, 8, 8)) == 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert call() == 0
+        assert call() == call(x.half()) == 0
+        assert call(x.bfloat16()) == call(x.bfloat16(), weight.bfloat16()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, calls):
+    """The filter takes part as autocast rounds it; its gradient is float32. Gradients of gradients, too."""
+    x = channels_last(3, 16, 7, 9).to(dtype)
+    leaves = [x, torch.randn(16, 1, 3, 3), torch.rand(16), torch.rand(16)]
+    grad_y = torch.randn(3, 16, 5, 7).to(dtype)
+
+    def ours(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+        options: dict[str, Any] = {"training": True, "groups": 16, "activation": "silu"}
+        return functional.conv_bn_act(x, weight, None, None, None, *vectors, **options)
+
+    def stock(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+        z = F.conv2d(x, weight, groups=16)
+        return F.silu(F.batch_norm(z, None, None, *vectors, training=True))
+
+    def results(function: Any, leaves: list[Tensor], autocast: bool) -> list[Tensor]:
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            y = function(*leaves)
+        grads = torch.autograd.grad(y, leaves, grad_y.to(y.dtype), retain_graph=True)
+        again = torch.autograd.grad(y, leaves, grad_y.to(y.dtype), create_graph=True)
+        twice = torch.autograd.grad([g.double().square().sum() for g in again], leaves)
+        return [y.detach(), *grads, *(g.detach() for g in again), *twice]
+
+    rounded = [leaf.to(dtype).double() if leaf.dim() == 4 else leaf.double() for leaf in leaves]
+    found = results(ours, leaves, True)
+    assert len(calls) == 1
+    assert [g.dtype for g in found[:5]] == [dtype, dtype, torch.float32, torch.float32, torch.float32]
+    for one, other, oracle in zip(found, results(stock, leaves, True), results(stock, rounded, False), strict=True):
+        testing.assert_close_to_oracle(one, other, oracle)
 
 
 def test_when_the_op_applies_to_planes(calls):

@@ -31,9 +31,9 @@ const DepthwiseKernels& kernels() { return *DEEPOPS_CHOOSE_ISA(depthwise_kernels
 
 DepthwiseShape shape_on_cpu(const Tensor& x, const Tensor& filter, const Integers& stride, const Integers& padding,
                             const Integers& dilation, const std::string& activation, double negative_slope,
-                            bool planes = true) {
+                            bool training = true) {
   core::check_cpu(x, "depthwise_bn_act", "x");
-  return depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope, planes);
+  return depthwise_shape_of(x, filter, stride, padding, dilation, activation, negative_slope, training);
 }
 
 DepthwiseProblem problem_of(const DepthwiseShape& shape) {
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> train_cpu(Tensor x, Tensor conv_weight, Optio
   const OutputLayout layout(p);
   Tensor y = core::pooled_empty(layout.sizes, layout.strides, x);
   args.y = y.mutable_data_ptr();
-  args.in_place = p.stride_y * p.stride_x > 1 || y.numel() <= kInPlaceBelow;
+  args.in_place = p.dtype <= DataType::f64 && (p.stride_y * p.stride_x > 1 || y.numel() <= kInPlaceBelow);
   take_statistics(p, args, workers, means, variances, scratch);
   const auto finite = [](double value) { return std::isfinite(value); };
   if (!p.exact && !std::all_of(variances.begin(), variances.end(), finite)) {  // rare: squares above 1e38, or NaN

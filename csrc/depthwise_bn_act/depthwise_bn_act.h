@@ -51,7 +51,7 @@ struct DepthwiseForward {
   const void* x;
   const void* filter;  // [tiles][R * S][16]
   void* y;
-  bool in_place;                    // `statistics` leaves z in y, where `forward` finds it
+  bool in_place;                    // `statistics` leaves z in y, where `forward` finds it; not in 16 bits
   const void *mean, *scale, *bias;  // y = act((z - mean) * scale + bias)
   const void* shift;                // statistics are taken of z - shift; double if exact
   double* sums;                     // [items][2][slots]: of z - shift, of its square

@@ -22,6 +22,7 @@ using Problem = DepthwiseProblem;
 using Forward = DepthwiseForward;
 using Backward = DepthwiseBackward;
 using Workspace = DepthwiseWorkspace;
+using core::OpMath;
 
 constexpr int64_t kStrip = 32;  // columns; additions in single precision of a statistic, and of a filter's gradient
 constexpr int64_t kGradientFlush = 8;  // of the sums of g, whose terms cancel
@@ -91,13 +92,13 @@ struct Strip {
 
 // Fetches what the next row will need and this one did not, for the second-level cache: the first is too small for a
 // row of all channels. In the last row of an image that is the next image, which follows it in memory.
-template <class S>
-DEEPOPS_INLINE void fetch_ahead(const Problem& p, const S* image, const Strip& strip) {
+template <class D>
+DEEPOPS_INLINE void fetch_ahead(const Problem& p, const D* image, const Strip& strip) {
   const int64_t bottom = (strip.row + 1) * p.stride_y - p.top + (p.filter_height - 1) * p.dilation_y;
   const int64_t first = most(0, strip.begin * p.stride_x - p.left);
   const int64_t last = least(p.width, strip.end * p.stride_x);
   for (int64_t y = most(0, bottom - p.stride_y + 1); y <= bottom; ++y) {
-    const S* at = image + (y * p.width + first) * p.channels;
+    const D* at = image + (y * p.width + first) * p.channels;
     for (int64_t x = first; x < last; ++x, at += p.channels) __builtin_prefetch(at, 0, 2);
   }
 }
@@ -116,11 +117,12 @@ DEEPOPS_INLINE void for_strips(const Problem& p, int64_t image, int64_t row, con
 }
 
 // each(strip, z) for the strips of a row; z is [32][16].
-template <class S, class Each>
+template <class D, class Each>
 DEEPOPS_INLINE void for_row(const Problem& p, const void* x, const void* filter, int64_t image, int64_t row,
                             const Taps& taps, const Each& each) {
+  using S = OpMath<D>;
   alignas(64) S z[kStrip * kLanes];
-  const S* const data = static_cast<const S*>(x) + image * p.height * p.width * p.channels;
+  const D* const data = static_cast<const D*>(x) + image * p.height * p.width * p.channels;
   for_strips(p, image, row, [&](const Strip& strip) __attribute__((always_inline)) {
     const S* const weights = static_cast<const S*>(filter) + strip.tile * p.filter_size() * kLanes;
     fetch_ahead(p, data + strip.channel, strip);
@@ -137,11 +139,11 @@ DEEPOPS_INLINE void for_rows(const Problem& p, int64_t index, const Each& each) 
     for (int64_t row = item.first_row; row < item.last_row; ++row) each(image, row);
 }
 
-template <class S, class Each>
+template <class D, class Each>
 void for_item(const Problem& p, const void* x, const void* filter, const Workspace& workspace, int64_t index,
               const Each& each) {
   for_rows(p, index, [&](int64_t image, int64_t row) {
-    for_row<S>(p, x, filter, image, row, taps_of_z(p, row, workspace.taps), each);
+    for_row<D>(p, x, filter, image, row, taps_of_z(p, row, workspace.taps), each);
   });
 }
 
@@ -160,14 +162,15 @@ double* clear_sums(const Problem& p, double* all, int64_t item) {
 
 constexpr int64_t kSamples = 8;
 
-template <class S>
+template <class D>
 void sample(const Problem& p, const Forward& args, const Workspace& workspace, double* shift) {
+  using S = OpMath<D>;
   const int64_t count = p.count(), samples = least(count, kSamples);
   for (int64_t i = 0; i < p.slots(); ++i) shift[i] = 0;
   for (int64_t k = 0; k < samples; ++k) {
     const int64_t at = k * count / samples, image = at / p.inner, row = at % p.inner / p.out_width;
     const Taps taps = taps_of_z(p, row, workspace.taps);
-    const S* const data = static_cast<const S*>(args.x) + image * p.height * p.width * p.channels;
+    const D* const data = static_cast<const D*>(args.x) + image * p.height * p.width * p.channels;
     for (int64_t tile = 0; tile < p.tiles; ++tile) {
       const S* const filter = static_cast<const S*>(args.filter) + tile * p.filter_size() * kLanes;
       const int64_t column = at % p.out_width;
@@ -183,11 +186,12 @@ void sample(const Problem& p, const Forward& args, const Workspace& workspace, d
 }
 
 // A: in which terms are taken, double where their rounding would show.
-template <class S, class A>
+template <class D, class A>
 void statistics(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end) {
+  using S = OpMath<D>;
   for (int64_t item = begin; item < end; ++item) {
     double* const sums = clear_sums(p, args.sums, item);
-    for_item<S>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
+    for_item<D>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
       const Lanes<A> shift = numbers_at<A>(args.shift, strip.slot);
       Lanes<A> a(A(0)), b(A(0));
       for (int64_t j = 0; j < strip.end - strip.begin; ++j) {
@@ -203,7 +207,7 @@ void statistics(const Problem& p, const Forward& args, const Workspace& workspac
       add_to(sums + strip.slot, a);
       add_to(sums + p.slots() + strip.slot, b);
       if (!args.in_place) return;
-      S* y = static_cast<S*>(args.y) + strip.at;
+      D* y = static_cast<D*>(args.y) + strip.at;
       for (int64_t j = 0; j < strip.end - strip.begin; ++j, y += p.channels) store_lanes(y, load_lanes(z + j * kLanes));
     });
   }
@@ -229,27 +233,29 @@ void forward_in_place(const Problem& p, const Forward& args, int64_t begin, int6
     });
 }
 
-template <class S, class Act>
+template <class D, class Act>
 void forward(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end,
              const Act& act) {
-  if (args.in_place) return forward_in_place<S>(p, args, begin, end, act);
+  using S = OpMath<D>;
+  if constexpr (sizeof(D) == sizeof(S))
+    if (args.in_place) return forward_in_place<S>(p, args, begin, end, act);
   for (int64_t item = begin; item < end; ++item)
-    for_item<S>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
+    for_item<D>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
       const Lanes<S> mean = numbers_at<S>(args.mean, strip.slot), scale = numbers_at<S>(args.scale, strip.slot);
       const Lanes<S> bias = numbers_at<S>(args.bias, strip.slot);
-      S* y = static_cast<S*>(args.y) + strip.at;
+      D* y = static_cast<D*>(args.y) + strip.at;
       for (int64_t j = 0; j < strip.end - strip.begin; ++j, y += p.channels)
         store_lanes(y, act.forward((load_lanes(z + j * kLanes) - mean) * scale + bias));
     });
 }
 
 // each(j, g, z - mean) for the outputs of a strip.
-template <class S, class Act, class Each>
+template <class D, class S, class Act, class Each>
 DEEPOPS_INLINE void for_gradient(const Problem& p, const Backward& args, const Strip& strip, const S* z, const Act& act,
                                  int64_t begin, int64_t end, const Each& each) {
   const Lanes<S> mean = numbers_at<S>(args.mean, strip.slot), scale = numbers_at<S>(args.scale, strip.slot);
   const Lanes<S> bias = numbers_at<S>(args.bias, strip.slot);
-  const S* grad_y = static_cast<const S*>(args.grad_y) + strip.at + begin * p.channels;
+  const D* grad_y = static_cast<const D*>(args.grad_y) + strip.at + begin * p.channels;
   const int64_t next_row = p.out_width * p.channels;
   for (int64_t j = begin; j < end; ++j, grad_y += p.channels) {
     __builtin_prefetch(grad_y + next_row, 0, 2);
@@ -258,21 +264,22 @@ DEEPOPS_INLINE void for_gradient(const Problem& p, const Backward& args, const S
   }
 }
 
-template <class S, class Act>
+template <class D, class Act>
 void reduce(const Problem& p, const Backward& args, const Workspace& workspace, int64_t begin, int64_t end,
             const Act& act) {
+  using S = OpMath<D>;
   const int64_t flush = p.exact ? 1 : kGradientFlush;
   for (int64_t item = begin; item < end; ++item) {
     double* const sums = clear_sums(p, args.sums, item);
-    for_item<S>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
+    for_item<D>(p, args.x, args.filter, workspace, item, [&](const Strip& strip, const S* z) {
       const int64_t count = strip.end - strip.begin;
       for (int64_t j = 0; j < count; j += flush) {
         Lanes<S> a(S(0)), b(S(0));
-        for_gradient(p, args, strip, z, act, j, least(j + flush, count),
-                     [&](int64_t, const Lanes<S>& g, const Lanes<S>& centered) {
-                       a += g;
-                       b += g * centered;
-                     });
+        for_gradient<D>(p, args, strip, z, act, j, least(j + flush, count),
+                        [&](int64_t, const Lanes<S>& g, const Lanes<S>& centered) {
+                          a += g;
+                          b += g * centered;
+                        });
         add_to(sums + strip.slot, a);
         add_to(sums + p.slots() + strip.slot, b);
       }
@@ -280,32 +287,33 @@ void reduce(const Problem& p, const Backward& args, const Workspace& workspace, 
   }
 }
 
-template <class S, class Act>
+template <class D, class S, class Act>
 DEEPOPS_INLINE void grad_z(const Problem& p, const Backward& args, const Strip& strip, const S* z, const Act& act,
                            S* to) {
   const Lanes<S> mean_grad = numbers_at<S>(args.mean_grad, strip.slot);
   const Lanes<S> slope_grad = numbers_at<S>(args.slope_grad, strip.slot);
   const Lanes<S> scale = numbers_at<S>(args.scale, strip.slot);
-  for_gradient(p, args, strip, z, act, 0, strip.end - strip.begin,
-               [&](int64_t j, const Lanes<S>& g, const Lanes<S>& centered) {
-                 store_lanes(to + j * kLanes, scale * (g - mean_grad - centered * slope_grad));
-               });
+  for_gradient<D>(p, args, strip, z, act, 0, strip.end - strip.begin,
+                  [&](int64_t j, const Lanes<S>& g, const Lanes<S>& centered) {
+                    store_lanes(to + j * kLanes, scale * (g - mean_grad - centered * slope_grad));
+                  });
 }
 
-template <class S>
-DEEPOPS_INLINE void correlate_all(const Problem& p, const S* x, const Strip& strip, const Taps& taps, const S* grad,
+template <class D, class S>
+DEEPOPS_INLINE void correlate_all(const Problem& p, const D* x, const Strip& strip, const Taps& taps, const S* grad,
                                   double* grad_filter) {
   for (int64_t t = 0; t < taps.count; t += kTapsAtOnce)
     correlate(x, p.stride_x * p.channels, taps.tap + t, least(kTapsAtOnce, taps.count - t), grad, strip.begin,
               strip.end, grad_filter + strip.tile * p.filter_size() * kLanes);
 }
 
-template <class S>
+template <class D>
 void grad_x_row(const Problem& p, const Backward& args, const Workspace& workspace, int64_t image, int64_t row) {
+  using S = OpMath<D>;
   for (int64_t phase = 0; phase < least(p.stride_x, p.width); ++phase) {
     const int64_t columns = up(p.width - phase, p.stride_x);
     const Taps taps = taps_of_grad_x(p, row, phase, workspace.taps + p.filter_size());
-    S* const to = static_cast<S*>(args.grad_x) + ((image * p.height + row) * p.width + phase) * p.channels;
+    D* const to = static_cast<D*>(args.grad_x) + ((image * p.height + row) * p.width + phase) * p.channels;
     for (int64_t tile = 0; tile < p.tiles; ++tile)
       convolve(static_cast<const S*>(workspace.ring) + tile * p.ring_rows * p.out_width * kLanes, kLanes,
                static_cast<const S*>(args.filter) + tile * p.filter_size() * kLanes, taps, 0, columns,
@@ -313,9 +321,10 @@ void grad_x_row(const Problem& p, const Backward& args, const Workspace& workspa
   }
 }
 
-template <class S, class Act>
+template <class D, class Act>
 void gradients(const Problem& p, const Backward& args, const Workspace& workspace, int64_t begin, int64_t end,
                const Act& act) {
+  using S = OpMath<D>;
   S* const ring = static_cast<S*>(workspace.ring);
   const int64_t filter_numbers = p.slots() * p.filter_size();
   for (int64_t index = begin; index < end; ++index) {
@@ -326,7 +335,7 @@ void gradients(const Problem& p, const Backward& args, const Workspace& workspac
     const int64_t first_x = item.first_row == 0 ? 0 : least(item.first_row * p.stride_y, p.height);
     const int64_t last_x = item.last_row == p.out_height ? p.height : least(item.last_row * p.stride_y, p.height);
     for (int64_t image = item.first_image; image < item.last_image; ++image) {
-      const S* const x = static_cast<const S*>(args.x) + image * p.height * p.width * p.channels;
+      const D* const x = static_cast<const D*>(args.x) + image * p.height * p.width * p.channels;
       int64_t next = item.first_row;  // of grad_z
       if (args.grad_x)
         next = least(next, most(0, up(first_x + p.top - (p.filter_height - 1) * p.dilation_y, p.stride_y)));
@@ -334,17 +343,17 @@ void gradients(const Problem& p, const Backward& args, const Workspace& workspac
         for (; next < stop; ++next) {
           const Taps taps = taps_of_z(p, next, workspace.taps);
           const bool mine = grad_filter && next >= item.first_row && next < item.last_row;
-          for_row<S>(p, args.x, args.filter, image, next, taps, [&](const Strip& strip, const S* z) {
+          for_row<D>(p, args.x, args.filter, image, next, taps, [&](const Strip& strip, const S* z) {
             const int64_t ring_row = strip.tile * p.ring_rows + next % p.ring_rows;
             S* const to = ring + (ring_row * p.out_width + strip.begin) * kLanes;
-            grad_z(p, args, strip, z, act, to);
+            grad_z<D>(p, args, strip, z, act, to);
             if (mine) correlate_all(p, x + strip.channel, strip, taps, to, grad_filter);
           });
         }
       };
       for (int64_t row = first_x; args.grad_x && row < last_x; ++row) {
         grad_z_up_to(least(p.out_height, (row + p.top) / p.stride_y + 1));
-        grad_x_row<S>(p, args, workspace, image, row);
+        grad_x_row<D>(p, args, workspace, image, row);
       }
       if (grad_filter) grad_z_up_to(item.last_row);
     }
@@ -353,40 +362,36 @@ void gradients(const Problem& p, const Backward& args, const Workspace& workspac
 
 // ---- run-time choices to template arguments -------------------------------------------------------------------------
 
-template <class Call>
-void with_type(const Problem& p, const Call& call) {
-  p.dtype == core::DataType::f64 ? call.template operator()<double>() : call.template operator()<float>();
-}
-
 void sample_any(const Problem& p, const Forward& args, const Workspace& workspace, double* shift) {
-  with_type(p, [&]<class S>() { sample<S>(p, args, workspace, shift); });
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() { sample<D>(p, args, workspace, shift); })
 }
 
 void statistics_any(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end) {
-  with_type(p, [&]<class S>() {
-    p.exact ? statistics<S, double>(p, args, workspace, begin, end) : statistics<S, S>(p, args, workspace, begin, end);
-  });
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
+    p.exact ? statistics<D, double>(p, args, workspace, begin, end)
+            : statistics<D, OpMath<D>>(p, args, workspace, begin, end);
+  })
 }
 
 void forward_any(const Problem& p, const Forward& args, const Workspace& workspace, int64_t begin, int64_t end) {
-  with_type(p, [&]<class S>() {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
     with_activation(p.activation, p.negative_slope,
-                    [&](const auto& act) { forward<S>(p, args, workspace, begin, end, act); });
-  });
+                    [&](const auto& act) { forward<D>(p, args, workspace, begin, end, act); });
+  })
 }
 
 void reduce_any(const Problem& p, const Backward& args, const Workspace& workspace, int64_t begin, int64_t end) {
-  with_type(p, [&]<class S>() {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
     with_activation(p.activation, p.negative_slope,
-                    [&](const auto& act) { reduce<S>(p, args, workspace, begin, end, act); });
-  });
+                    [&](const auto& act) { reduce<D>(p, args, workspace, begin, end, act); });
+  })
 }
 
 void gradients_any(const Problem& p, const Backward& args, const Workspace& workspace, int64_t begin, int64_t end) {
-  with_type(p, [&]<class S>() {
+  DEEPOPS_DISPATCH_DTYPE(p.dtype, [&]<class D>() {
     with_activation(p.activation, p.negative_slope,
-                    [&](const auto& act) { gradients<S>(p, args, workspace, begin, end, act); });
-  });
+                    [&](const auto& act) { gradients<D>(p, args, workspace, begin, end, act); });
+  })
 }
 
 }  // namespace

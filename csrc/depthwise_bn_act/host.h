@@ -11,21 +11,24 @@ using Integers = std::vector<int64_t>;
 
 inline constexpr int64_t kLeastChannels = DepthwiseProblem::kTile;
 
-// stride, dilation: y, x. padding: top, bottom, left, right. planes: whether there is a kernel for contiguous data.
+// stride, dilation: y, x. padding: top, bottom, left, right. cpu_training: whether there are kernels for contiguous
+// data, and for channels_last data of 16 bits.
 inline DepthwiseShape depthwise_shape_of(const Tensor& x, const Tensor& filter, const Integers& stride,
                                          const Integers& padding, const Integers& dilation,
-                                         const std::string& activation, double negative_slope, bool planes) {
+                                         const std::string& activation, double negative_slope, bool cpu_training) {
   constexpr const char* kOp = "depthwise_bn_act";
   DepthwiseShape p{};
   const bool channels_last = x.dim() == 4 && is_channels_last(x);
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && (channels_last || (planes && x.is_contiguous())), kOp,
-                  ": x must be [N, C, H, W], not empty, channels_last", planes ? " or contiguous" : "");
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && (channels_last || (cpu_training && x.is_contiguous())), kOp,
+                  ": x must be [N, C, H, W], not empty, channels_last", cpu_training ? " or contiguous" : "");
   p.dtype = core::data_type_of(x, kOp, "x");
-  STD_TORCH_CHECK(p.dtype <= DataType::f64, kOp, ": x must be float32 or float64");
+  STD_TORCH_CHECK(p.dtype <= DataType::f64 || (cpu_training && channels_last), kOp, ": x must be float32 or float64",
+                  cpu_training ? ", in channels_last also float16 or bfloat16" : "");
   core::check_same_device(filter, x, kOp, "conv_weight");
   STD_TORCH_CHECK(filter.dim() == 4 && filter.size(0) == x.size(1) && filter.size(1) == 1 && filter.numel() > 0 &&
-                      filter.scalar_type() == x.scalar_type() && (filter.is_contiguous() || is_channels_last(filter)),
-                  kOp, ": conv_weight must be [C, 1, R, S], dense, with the dtype of x");
+                      filter.scalar_type() == core::opmath_scalar_type(p.dtype) &&
+                      (filter.is_contiguous() || is_channels_last(filter)),
+                  kOp, ": conv_weight must be [C, 1, R, S], dense, with the dtype of x, float32 beside 16-bit data");
   STD_TORCH_CHECK(x.size(1) >= kLeastChannels || !channels_last, kOp, ": x must have at least ", kLeastChannels,
                   " channels");
   STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4, kOp,

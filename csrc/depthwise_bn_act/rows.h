@@ -2,15 +2,13 @@
 //
 // Compiled once per instruction set; include it from kernel files only.
 #pragma once
-#include "core/lanes.h"
+#include "core/parts.h"
 #include "depthwise_bn_act/depthwise_bn_act.h"
 
 namespace deepops::DEEPOPS_ISA {
 
 using Tap = DepthwiseTap;
-#define DEEPOPS_INLINE __attribute__((always_inline)) inline
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // a / b for b > 0, rounded up.
 inline int64_t up(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
@@ -42,21 +40,21 @@ inline constexpr int kSumsAtOnce = kVectorBytes == 64 ? 8 : 4;
 alignas(64) inline constexpr double kZeros[kLanes] = {};
 
 // What a tap reads for output j, which is 0 in the padding.
-template <class S>
-DEEPOPS_INLINE const S* value_or_padding(const S* at, int64_t j, const Tap& tap) {
-  return uint64_t(j - tap.first) < uint64_t(tap.last - tap.first) ? at : reinterpret_cast<const S*>(kZeros);
+template <class D>
+DEEPOPS_INLINE const D* value_or_padding(const D* at, int64_t j, const Tap& tap) {
+  return uint64_t(j - tap.first) < uint64_t(tap.last - tap.first) ? at : reinterpret_cast<const D*>(kZeros);
 }
 
 // A run of taps for `outputs` neighbouring outputs, of which j is the first. What they share is loaded once. A run is
 // added up on its own: sums of sums are more accurate than one long sum, and cost no more additions.
-template <int run, bool padded, class S, int outputs>
-DEEPOPS_INLINE void convolve_run(const S* in, int64_t step, const S* filter, const Tap* tap, int64_t j,
+template <int run, bool padded, class D, class S, int outputs>
+DEEPOPS_INLINE void convolve_run(const D* in, int64_t step, const S* filter, const Tap* tap, int64_t j,
                                  Lanes<S> (&sum)[outputs]) {
-  const S* const at = in + tap->offset + j * step;
+  const D* const at = in + tap->offset + j * step;
   Lanes<S> weight[run], part[outputs];
   for (int s = 0; s < run; ++s) weight[s] = load_lanes(filter + tap[s].weight);
   _Pragma("GCC unroll 16") for (int k = 0; k < outputs + run - 1; ++k) {
-    const S* const from = padded ? value_or_padding(at + k * step, j + k, *tap) : at + k * step;
+    const D* const from = padded ? value_or_padding(at + k * step, j + k, *tap) : at + k * step;
     const Lanes<S> value = load_lanes(from);
     _Pragma("GCC unroll 8") for (int s = 0; s < run; ++s) {
       const int output = k - s;
@@ -68,9 +66,9 @@ DEEPOPS_INLINE void convolve_run(const S* in, int64_t step, const S* filter, con
 }
 
 // Outputs [j, j + count), count <= outputs. padded: some of them lie beside the padding, or they are not all wanted.
-template <int outputs, bool padded, class S>
-DEEPOPS_INLINE void convolve_block(const S* in, int64_t step, const S* filter, const Taps& taps, int64_t j,
-                                   int64_t count, S* out, int64_t out_step) {
+template <int outputs, bool padded, class D, class S, class Out>
+DEEPOPS_INLINE void convolve_block(const D* in, int64_t step, const S* filter, const Taps& taps, int64_t j,
+                                   int64_t count, Out* out, int64_t out_step) {
   Lanes<S> sum[outputs];
   for (int k = 0; k < outputs; ++k) sum[k] = S(0);
   for (int64_t t = 0; t < taps.count;) {
@@ -90,8 +88,9 @@ DEEPOPS_INLINE void convolve_block(const S* in, int64_t step, const S* filter, c
 }
 
 // out[(j - begin) * out_step] = sum over taps of filter[weight] * in[offset + j * step], for j in [begin, end).
-template <class S>
-void convolve(const S* in, int64_t step, const S* filter, const Taps& taps, int64_t begin, int64_t end, S* out,
+// D: float, double or 16 bits; S: what is computed in; Out: one of both.
+template <class D, class S, class Out>
+void convolve(const D* in, int64_t step, const S* filter, const Taps& taps, int64_t begin, int64_t end, Out* out,
               int64_t out_step) {
   for (int64_t j = begin; j < end; j += kSumsAtOnce, out += kSumsAtOnce * out_step) {
     const int64_t left = end - j;
@@ -109,11 +108,11 @@ void convolve(const S* in, int64_t step, const S* filter, const Taps& taps, int6
 
 inline constexpr int kTapsAtOnce = kVectorBytes == 64 ? 9 : kVectorBytes == 32 ? 5 : 3;
 
-template <class S, int count>
-void correlate_taps(const S* in, int64_t step, const Tap* taps, const S* grad, int64_t begin, int64_t end,
+template <class D, class S, int count>
+void correlate_taps(const D* in, int64_t step, const Tap* taps, const S* grad, int64_t begin, int64_t end,
                     double* sums) {
   Lanes<S> sum[count];
-  const S* at[count];
+  const D* at[count];
   int64_t first = begin, last = end;
   for (int t = 0; t < count; ++t) {
     sum[t] = S(0);
@@ -144,13 +143,13 @@ void correlate_taps(const S* in, int64_t step, const Tap* taps, const S* grad, i
 
 // sums[weight] += sum over j in [begin, end) of grad[(j - begin) * 16] * in[offset + j * step], for up to kTapsAtOnce
 // taps.
-template <class S, int count = kTapsAtOnce>
-void correlate(const S* in, int64_t step, const Tap* taps, int64_t size, const S* grad, int64_t begin, int64_t end,
+template <class D, class S, int count = kTapsAtOnce>
+void correlate(const D* in, int64_t step, const Tap* taps, int64_t size, const S* grad, int64_t begin, int64_t end,
                double* sums) {
   if constexpr (count > 1) {
-    if (size < count) return correlate<S, count - 1>(in, step, taps, size, grad, begin, end, sums);
+    if (size < count) return correlate<D, S, count - 1>(in, step, taps, size, grad, begin, end, sums);
   }
-  correlate_taps<S, count>(in, step, taps, grad, begin, end, sums);
+  correlate_taps<D, S, count>(in, step, taps, grad, begin, end, sums);
 }
 
 }  // namespace deepops::DEEPOPS_ISA

@@ -109,8 +109,9 @@ Lanes<S> lstm_stays(const LstmShape& p, uint64_t seed, LstmStream stream, double
 }
 
 // Mean and 1 / sqrt(variance + eps) of `count` values that each_part(use) hands to use(parts, valid) `n` times 16 at a
-// time, of each 16 the first `valid`, the others 0. Few are added in the type of the data, which is quicker; the sums go
-// on in double. The squares are of distances to the rounded mean, which is what the values are measured from as well.
+// time, of each 16 the first `valid`, the others 0. Few are added in the type of the data, which is quicker; the sums
+// go on in double. The squares are of distances to the rounded mean, which is what the values are measured from as
+// well.
 template <class S>
 struct RowStatistics {
   S mean, invstd;
