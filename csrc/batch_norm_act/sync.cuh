@@ -18,7 +18,7 @@ struct Merge {
 
 // Statistics of all parts together, in the order of the parts; one thread more than channels stores the count.
 template <class A>
-DEEPOPS_KERNEL(kThreads)
+DEEPOPS_KERNEL(kThreads, 1)
 merge(Merge<A> args) {
   const int channel = gpu::block() * kThreads + gpu::thread();
   if (channel > args.channels) return;
