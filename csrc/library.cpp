@@ -42,7 +42,8 @@ STABLE_TORCH_LIBRARY(deepops, m) {
       "Tensor invstd, Tensor sums, Tensor count, str activation, float negative_slope, bool need_residual) -> "
       "(Tensor grad_x, Tensor grad_residual)");
   // act(batch_norm(conv2d(x, conv_weight, groups=C))) with batch statistics, channels_last, C of 16 or more, fp32 or
-  // fp64; z, the convolution's result, is computed again wherever it is needed. mean and invstd are those of z. stride,
+  // fp64, on the CPU also fp16 and bf16 (conv_weight and vectors are then fp32) and contiguous fp32 and fp64 data; z,
+  // the convolution's result, is computed again wherever it is needed. mean and invstd are those of z. stride,
   // dilation: y, x. padding: top, bottom, left, right.
   m.def(
       "depthwise_bn_act_train(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "

@@ -148,17 +148,18 @@ def conv_bn_act(
     ``weight`` and ``bias``, these and the running statistics are folded into the weights of the convolution: there is
     no pass of batch normalization, forward or backward, and the tensor kept is the output itself for the ReLU family.
 
-    In training, a depthwise convolution (``groups`` = C = K) of 16 channels or more, of fp32 or fp64 data on the CPU,
-    without residual, autocast, compilation or ``torch.func``, is one op with the rest: in channels_last, and of
-    contiguous data unless that is fp32, the filter has up to 9 values, and rows have few outputs. These must be more
-    than 64 or at least 7/8 of the next multiple of 16, and with a stride 48 or more. The op computes the convolution
-    again wherever it needs it: the backward then keeps nothing of the size of the output.
+    In training, a depthwise convolution (``groups`` = C = K) of 16 channels or more on the CPU, without residual,
+    compilation or ``torch.func``, is one op with the rest: in channels_last, in fp16 and bf16 with or without autocast,
+    else without; and of contiguous fp32 or fp64 data unless that is fp32, the filter has up to 9 values, and rows have
+    few outputs. These must be more than 64 or at least 7/8 of the next multiple of 16, and with a stride 48 or more.
+    The op computes the convolution again wherever it needs it: the backward then keeps nothing of the size of the
+    output, and in 16 bits no rounded convolution lies between.
 
-    So is, under the same conditions and in either layout, an expanding 1x1 convolution without stride and padding, from
-    8 to 64 channels (32 for activations other than identity and the ReLU family) to at least three times as many, with
-    256 values or more per channel, above 32 channels 4,096. Its result is never stored, as its statistics follow from
-    the covariances of ``x``, and the backward keeps a bit per value of the output for the ReLU family, nothing for
-    other activations.
+    So is, of fp32 or fp64 data without autocast and in either layout, an expanding 1x1 convolution without stride and
+    padding, from 8 to 64 channels (32 for activations other than identity and the ReLU family) to at least three times
+    as many, with 256 values or more per channel, above 32 channels 4,096. Its result is never stored, as its statistics
+    follow from the covariances of ``x``, and the backward keeps a bit per value of the output for the ReLU family,
+    nothing for other activations.
 
     On NVIDIA GPUs the convolution may be deepops' own: in training without a process group, where it leaves the
     statistics of its result behind, and in evaluation without gradients, which is one kernel then. It covers

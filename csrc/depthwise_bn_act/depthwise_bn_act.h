@@ -2,7 +2,8 @@
 //
 // z costs R * S multiplications a value, less than storing and loading it: it is computed again from x in every pass.
 // Only where x is much larger than z, or everything is in the cache, the forward keeps it for a while, in y. All data
-// is channels_last, [N, H, W, C] in memory; contiguous data: see planes.h.
+// is channels_last, [N, H, W, C] in memory; contiguous data: see planes.h. Data of 16 bits is computed with in single
+// precision: x, y and their gradients alone are stored in 16 bits.
 //
 // Kernels take 16 channels at a time, a tile. The last tile ends with the last channel and overlaps the one before it
 // where C is no multiple of 16; there both compute and write the same. Per-channel numbers and sums come by slot,

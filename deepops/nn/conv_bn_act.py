@@ -200,8 +200,8 @@ class _ConvBNAct(nn.Module):
         one_pass += f" ({kernel_note('batch_norm_act_train', device)})"
         if batch_norm_state(self.bn)[3]:
             if depthwise and self.conv.weight.dim() == 4 and device == "cpu":
-                narrow = "of contiguous fp32 not with a small filter and short rows"
-                return f"fused: one op for fp32 and fp64, from 16 channels on, {narrow}; else {one_pass}"
+                narrow = "of contiguous data not in 16 bits, nor in fp32 with a small filter and short rows"
+                return f"fused: one op from 16 channels on, {narrow}; else {one_pass}"
             geometry = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
             if device == "cpu" and expands(self.conv.weight, *geometry, self.activation):
                 return f"fused: one op for fp32 and fp64, statistics by covariances; else {one_pass}"
