@@ -25,6 +25,7 @@ class Evaluation {
       const S* const x = rows_of_x(block, count);
       for (int64_t column = 0; column < p.channels; column += kPanel)
         for_row_tiles<S>(0, count, [&](int64_t first, int64_t height) {
+          if (column == 0) fetch(block + count + first, least(height, end - block - count - first));
           multiply(x + first * p.inputs, p.inputs, height, p.inputs, weight() + column * p.inputs, sums_.value, false,
                    int(least(kPanel, p.channels - column)));
           for (int lane = 0; lane < least(kPanel, p.channels - column); lane += kLanes) {
@@ -84,6 +85,14 @@ class Evaluation {
         store_part(workspace_ + row * p.inputs + c, load_part(from + c, p.inputs - c), p.inputs - c);
     }
     return workspace_;
+  }
+  // Rows of the next block, for the second-level cache: a tile reads several rows at once, which the hardware does not
+  // see coming. Few outputs wait for x longer than they take to compute.
+  void fetch(int64_t first, int64_t count) const {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    if (!p.is_dense()) return;
+    const S* const from = static_cast<const S*>(p.x) + first * p.inputs;
+    for (int64_t i = 0; i < count * p.inputs; i += kLine) __builtin_prefetch(from + i, 0, 2);
   }
   // [C][64] in the workspace; 0 beyond `count`.
   void load_panel(int64_t image, int64_t pixel, int64_t count) const {
