@@ -122,6 +122,20 @@ def test_same_bits_for_every_thread_count() -> None:
             assert regions.count == 1 + (memory_format is torch.channels_last)  # packing, the product
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_are_packed_by_any_number_of_threads(dtype: torch.dtype) -> None:
+    """Columns are outputs, 64 to a panel; those beyond the last are 0."""
+    outputs, inputs = 1100, 700
+    weight = torch.randn(outputs, inputs, 1, 1, dtype=dtype)
+    columns = F.pad(weight.view(outputs, inputs), [0, 0, 0, -outputs % 64])
+    panels = columns.view(-1, 64, inputs).transpose(1, 2)
+    for threads in (1, 2, 3):
+        with use_threads(threads), count_parallel_regions() as regions:
+            packed = torch.ops.deepops.pointwise_bn_act_pack(weight)
+        assert regions.count == 1
+        assert torch.equal(packed.view(panels.shape), panels)
+
+
 def test_values_that_are_not_finite() -> None:
     case = Pointwise(20, 70, (4, 4))
     for memory_format in FORMATS.values():
