@@ -24,7 +24,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture
-def on_chip() -> Iterator[None]:
+def on_chip(on_simt: None) -> Iterator[None]:  # which skips where there is no executor
     with simt.device(multiprocessors=6, shared_bytes=512 << 10):
         yield
 
